@@ -1,0 +1,31 @@
+# dicomUpload.py with all it needs, as  python /src/dicomUpload.py  with /dicom, /input and /work
+# to mount folders on:  docker build -t aacazxnat/dicomupload:0.1 .
+#
+# The tag gets Ubuntu's security updates with each build. For a build that never changes, pin the
+# digest too (FROM ubuntu:24.04@sha256:...), which "docker images --digests ubuntu" shows.
+FROM ubuntu:24.04
+
+LABEL org.opencontainers.image.title="dicomUpload" \
+      org.opencontainers.image.description="Uploads dicom folders of subjects and sessions to XNAT" \
+      org.opencontainers.image.version="0.1"
+
+# No versions: Ubuntu's archive keeps only the newest of each, so a pinned build soon fails.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      ca-certificates curl python-is-python3 python3 zip \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/* /var/cache/debconf/* /var/log/* \
+ && mkdir /dicom /input \
+ && mkdir -m 1777 /work
+
+# A mode of its own: a clone made under umask 077 would make a file that no other user can read.
+COPY --chmod=0755 dicomUpload.py /src/
+
+# Names of any language; every line out at once; no write to the read-only root.
+ENV LANG=C.UTF-8 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /work
+# A number, so that "is it root?" can be checked; any --user works. See runuploadDocker.sh.
+USER 10001:10001
+STOPSIGNAL SIGTERM
+# No ENTRYPOINT: the command is given in full, as it always was.
+CMD ["python", "/src/dicomUpload.py", "--help"]

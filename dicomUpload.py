@@ -1,0 +1,1956 @@
+#!/usr/bin/env python3
+"""Send a tree of DICOM folders to XNAT: whole, verified, and never by halves.
+
+    python3 dicomUpload.py URL USER PASS PROJECT ROOTDIR [--config Exclusions.json]
+
+    ROOTDIR                     in XNAT
+    +-- 007                     subject 007
+    |   +-- pre                 session 007_pre
+    |   |   +-- T2_FLAIR_0012   a series: its DICOM files, at any depth
+    |   |   +-- AAHEAD_SCOUT    left out, if the config's "Exclude" has "AAHEAD"
+
+PASS - takes the password from XNAT_PASS, from ~/.netrc, or asks. --dry-run shows what would
+be sent and contacts nobody. Run the same command again after any trouble: what is on the
+server is not sent again. The workdir (./work) keeps the ledger, the log and the report.
+
+Needs Python 3.8, curl 7.61, zip 3.0; no packages.
+
+Exit status: 0 all is there (or left out on purpose); 1 some series or sessions failed;
+2 wrong options, ROOTDIR or config, nothing sent; 3 could not start or had to stop (no zip,
+no curl, server unreachable, login refused, no right to the project, workdir in use or full);
+130, 143 stopped by a signal (129 where the terminal went away).
+
+This file reads in the order of a run:
+    words      the nouns of the program, as dataclasses
+    finding    folders to Plan: labels, what is DICOM, what is left out
+    packing    the one door to other programs, the workdir, one part to one zip
+    sending    what to say to XNAT, and what its answers mean
+    ledger     what has been sent, for the next run
+    the run    what may go next, and when a session is whole
+    telling    lines, summary, log and report; nothing else prints
+    options    the command line to Settings
+    main       the only place that exits
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import errno
+import fcntl
+import fnmatch
+import getpass
+import glob
+import hashlib
+import html
+import itertools
+import json
+import netrc
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
+from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, TextIO, Tuple
+from urllib.parse import quote, urlencode, urlsplit
+
+VERSION = "1.0"
+ALL_THERE, SOME_FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 3
+
+
+# ---- words ---------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """The run cannot go on; the text says thing, what and what to do."""
+
+    def __init__(self, message: str, status: int = STOPPED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Trouble(Exception):
+    """One series or session cannot be done; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, checked. Sizes are bytes, times seconds."""
+
+    url: str
+    user: str
+    password: str = field(repr=False)
+    project: str
+    rootdir: str
+    config: Tuple[str, ...]  # substrings of the names of series to leave out
+    only: List[str]
+    dry_run: bool
+    again: bool
+    no_commit: bool
+    overwrite_files: bool
+    workdir: str
+    procs: int
+    max_files: int
+    compression: int
+    retries: int
+    timeout: int
+    limit_rate: int
+    cacert: Optional[str]
+    insecure: bool
+    logname: str
+    command: str  # the same call, without the password
+
+
+File = Tuple[str, int, int]  # name below the series folder, bytes, time in ns
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series folder: what of it is to be sent, or why nothing is."""
+
+    name: str
+    folder: str
+    packed: bytes = b""  # the files, compressed: ten thousand sessions stay small in memory
+    files: int = 0
+    bytes: int = 0
+    fingerprint: str = ""  # of names, sizes and times
+    not_dicom: int = 0
+    left_out: str = ""
+    problem: str = ""
+
+    def listing(self) -> List[File]:
+        """The files to send, as the plan saw them."""
+        lines = os.fsdecode(zlib.decompress(self.packed)).split("\0") if self.files else []
+        parts = (line.split(" ", 2) for line in lines)
+        return [(name, int(length), int(time_ns)) for length, time_ns, name in parts]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One session folder and the labels that XNAT gets for it."""
+
+    path: str  # subject/session, as the folders are called
+    subject_label: str
+    label: str
+    series: Tuple[Series, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that ROOTDIR holds, decided before any byte leaves."""
+
+    sessions: Tuple[Session, ...]
+    strays: Tuple[str, ...]  # what lies where folders belong
+    not_chosen: int  # sessions left out by --only
+
+    def pairs(self) -> Iterator[Tuple[Session, Series]]:
+        return ((session, series) for session in self.sessions for series in session.series)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files `start` to `stop` of a series: one zip, one POST."""
+
+    session: Session
+    series: Series
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one part. `address` set means that it is sent."""
+
+    address: str = ""
+    message: str = ""
+    zipped: int = 0  # bytes
+    seconds: float = 0.0
+    tries: int = 0
+    status: int = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the server holds a session: before anything is sent, or after its commit."""
+
+    where: str = ""  # new, open, lost, archived, prearchived; '' if that is not known
+    message: str = ""  # what is wrong with it
+    before: int = 0  # files that the archive held before this round
+    held: Dict[str, int] = field(default_factory=dict)  # the same of old prearchive sessions
+    files: int = 0  # counted by the server
+    owed: int = 0  # what it should have counted, where it did not
+    path: str = ""  # where it was counted
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back from one curl: `code` is its exit status, `status` the server's."""
+
+    code: int
+    status: int
+    body: str
+    error: str = ""
+    location: str = ""
+    retry_after: float = 0.0
+    cookie: str = field(default="", repr=False)
+
+    @property
+    def is_html(self) -> bool:
+        return bool(re.match(r"\s*<(!doctype|html|!--)", self.body, re.IGNORECASE))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer, judged: `wait` set means that trying again may heal it, after so long."""
+
+    address: str = ""
+    message: str = ""
+    wait: Optional[float] = None
+    gone: bool = False  # nothing that looks like a working XNAT answered
+    stop: bool = False
+
+
+# ---- finding -------------------------------------------------------------------------------
+
+
+def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
+    """Walk ROOTDIR/subject/session/series. `note` gets each file that is not DICOM.
+
+    Raises Stop(2) if two folders meet in one label, or the tree has another shape.
+    """
+    sessions: List[Session] = []
+    strays: List[str] = []
+    owners: Dict[Tuple[str, str], str] = {}
+    not_chosen = 0
+    for subject in subfolders(settings.rootdir, strays):
+        # XNAT finds subjects without regard to case (xnat.md 4.4, retrieveMatchingSubject).
+        folder = os.path.join(settings.rootdir, subject)
+        claim(owners, "subject", clean_label(subject).lower(), folder)
+        try:
+            names = subfolders(folder, strays)
+        except OSError as error:
+            sessions.append(closed_folder(subject, "", error))
+            continue
+        for name in names:
+            claim(owners, "session", clean_label(f"{subject}_{name}"), os.path.join(folder, name))
+            if chosen(subject, name, settings.only):
+                sessions.append(read_session(subject, name, settings, strays, note))
+            else:
+                not_chosen += 1
+    plan = Plan(tuple(sessions), tuple(strays), not_chosen)
+    check_shape(plan, settings)
+    return plan
+
+
+def subfolders(folder: str, strays: List[str]) -> List[str]:
+    """Names of the folders in `folder`, hidden ones not, in order; the rest goes to `strays`."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir() or leads_back(entry):
+                strays.append(entry.path)
+            elif not entry.name.startswith("."):
+                names.append(entry.name)
+    return sorted(names)
+
+
+def leads_back(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder is a link to a folder above itself, which would never end."""
+    here = os.path.join(os.path.realpath(os.path.dirname(entry.path)), "")
+    return entry.is_symlink() and here.startswith(os.path.join(os.path.realpath(entry.path), ""))
+
+
+def clean_label(text: str) -> str:
+    """`text` as a label that XNAT keeps unchanged: it accepts [A-Za-z0-9_-] (xnat.md 4.4)."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)
+
+
+def claim(owners: Dict[Tuple[str, str], str], kind: str, label: str, folder: str) -> None:
+    """Note that `folder` becomes `label`. Raises Stop(2) if another folder already does."""
+    other = owners.setdefault((kind, label), folder)
+    if other != folder:
+        raise Stop(f"{kind} label {label}: two folders would become one ({other} and {folder}; XNAT "
+                   "keeps only letters, digits, _ and -): rename one of them", WRONG_CALL)
+
+
+def chosen(subject: str, name: str, only: List[str]) -> bool:
+    """Whether --only, globs on subject or subject/session, chooses this session."""
+    return not only or any(
+        fnmatch.fnmatchcase(subject, of_subject) and fnmatch.fnmatchcase(name, of_session or "*")
+        for of_subject, _, of_session in (pattern.partition("/") for pattern in only))
+
+
+def closed_folder(subject: str, name: str, error: OSError) -> Session:
+    """A session that stands for a folder nobody can look into, so that it counts as failed."""
+    label = clean_label(f"{subject}_{name}" if name else subject)
+    series = Series("(folder)", "", problem=f"the folder {unreadable(error)}")
+    return Session(f"{subject}/{name}", clean_label(subject), label, (series,))
+
+
+def read_session(subject: str, name: str, settings: Settings, strays: List[str],
+                 note: Callable[[str], None]) -> Session:
+    """Look into every series folder of one session."""
+    folder = os.path.join(settings.rootdir, subject, name)
+    try:
+        names = subfolders(folder, strays)
+    except OSError as error:
+        return closed_folder(subject, name, error)
+    series = tuple(read_series(each, os.path.join(folder, each), settings.config, note)
+                   for each in names)
+    label = clean_label(f"{subject}_{name}")
+    return Session(f"{subject}/{name}", clean_label(subject), label, series)
+
+
+def read_series(name: str, folder: str, exclude: Tuple[str, ...],
+                note: Callable[[str], None]) -> Series:
+    """Decide what of one series folder is sent."""
+    for pattern in exclude:
+        if pattern.lower() in name.lower():
+            return Series(name, folder, left_out=f'name contains "{pattern}"')
+    files, junk, problems = list_files(folder)
+    for each in junk:
+        note(f"not DICOM: {os.path.join(folder, each)}")
+    raw = os.fsencode("\0".join(f"{length} {time_ns} {each}" for each, length, time_ns in files))
+    more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+    return Series(name, folder, zlib.compress(raw, 1), len(files), sum(file[1] for file in files),
+                  hashlib.sha256(raw).hexdigest()[:32], len(junk),
+                  problem=problems[0] + more if problems else "")
+
+
+def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
+    """One pass over a series folder: its DICOM files, the names of the rest, what is wrong."""
+    files: List[File] = []
+    junk: List[str] = []
+    problems: List[str] = []
+    pending = [""]
+    while pending:
+        inside = pending.pop()
+        try:
+            with os.scandir(os.path.join(folder, inside)) as entries:
+                for entry in entries:
+                    name = inside + entry.name
+                    try:
+                        if not entry.is_dir():
+                            look_at_file(entry, name, files, junk, problems)
+                        elif leads_back(entry):
+                            junk.append(name + "/ (a link to a folder above it)")
+                        else:
+                            pending.append(name + "/")
+                    except OSError as error:
+                        problems.append(f"{name} {unreadable(error)}")
+        except OSError as error:
+            problems.append(f"{inside or 'the folder'} {unreadable(error)}")
+    return sorted(files), sorted(junk), sorted(problems)
+
+
+def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: List[str],
+                 problems: List[str]) -> None:
+    """Put one file where it belongs. Raises OSError if it cannot be read."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        problems.append(f"{name} is a link to nothing: mend or remove it, then run again")
+        return
+    info = entry.stat()
+    # Only regular files: a FIFO would wait for ever.
+    if not entry.is_file() or not info.st_size or not is_dicom(first_bytes(entry.path), info.st_size):
+        junk.append(name)
+    elif "\n" in name or "\r" in name:  # zip is given the names a line each
+        problems.append(f"{name} has a line break in its name: rename it, then run again")
+    elif not is_utf8(name):  # Java refuses the whole zip for it (xnat.md 3)
+        problems.append(f"{name} has a name that is not UTF-8: rename it, then run again")
+    else:
+        files.append((name, info.st_size, info.st_mtime_ns))
+
+
+def unreadable(error: OSError) -> str:
+    """The same words for every file or folder that the system refuses to show."""
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    what_to_do = "give yourself read permission" if denied else "check the disk or share"
+    return f"cannot be read ({error.strerror}): {what_to_do}, then run again"
+
+
+def is_utf8(name: str) -> bool:
+    try:
+        return bool(os.fsencode(name).decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def first_bytes(path: str) -> bytes:
+    """Enough of a file to know it by: the preamble and the media storage class after it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(handle, 512)
+    finally:
+        os.close(handle)
+
+
+VALUE_REPRESENTATIONS = frozenset(
+    b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OW PN SH SL SQ SS ST TM UC UI UL UN UR US UT"
+    .split())
+# A DICOMDIR is an index without a SOP class of its own, and XNAT refuses it (xnat.md 3).
+DICOMDIR_CLASS = re.compile(rb"1\.2\.840\.10008\.1\.3\.10(?![0-9.])")
+
+
+def is_dicom(head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes that begins with `head` (512 bytes, or all) is DICOM.
+
+    By its bytes, never by its name: `DICM` at 128, or a data set without preamble, whose first
+    tag lies in group 0002 or 0008 with a plausible value representation or length.
+    """
+    if head[128:132] == b"DICM":
+        return not DICOMDIR_CLASS.search(head, 132)
+    if len(head) < 16:
+        return False
+    for order in "<>":
+        group, element, length = struct.unpack(order + "HHI", head[:8])
+        if group in (0x0002, 0x0008) and element <= 0x0090:
+            plausible = length <= min(size - 8, 1024) and length % 2 == 0
+            if head[4:6] in VALUE_REPRESENTATIONS or (
+                    order == "<" and plausible and (element or length == 4)):
+                return True
+    return False
+
+
+def check_shape(plan: Plan, settings: Settings) -> None:
+    """Raises Stop(2) if ROOTDIR holds nothing to send, or looks one level off."""
+    root, wanted = settings.rootdir, [each for _, each in plan.pairs() if not each.left_out]
+    full = [series for series in wanted if series.files]
+    wrong = ""
+    if settings.only and not plan.sessions and plan.not_chosen:
+        raise Stop(f"--only {' '.join(settings.only)}: chooses none of the {plan.not_chosen} sessions "
+                   f"in {root}: give subject or subject/session, as the folders are called", WRONG_CALL)
+    if not any(plan.pairs()):
+        deep = [path for path in plan.strays if os.path.dirname(path) != root]
+        wrong = "no series found: give the folder that holds the subjects"
+        if deep:
+            above = os.path.dirname(os.path.abspath(root))
+            wrong = f"one level too deep (files where series belong, {deep[0]}): try {above}"
+    elif wanted and not full and not any(series.problem for series in wanted):
+        junk = sum(series.not_dicom for series in wanted)
+        wrong = f"none of the {junk} files in {len(wanted)} series is DICOM: is it the right folder?"
+    elif full and all(folders_of_files(series) > 1 for series in full):
+        wrong = (f"one level too shallow (no series folder has a file of its own, {full[0].folder} "
+                 f"has only folders of them): give a folder inside {root}")
+    if wrong:
+        raise Stop(f"ROOTDIR {root}: {wrong}. The layout is\n\n    ROOTDIR\n    +-- subject  007\n"
+                   "        +-- session  pre\n            +-- series  T2_FLAIR_0012\n"
+                   "                +-- DICOM files, at any depth\n", WRONG_CALL)
+
+
+def folders_of_files(series: Series) -> int:
+    """How many folders of a series hold DICOM, 0 if a file lies in the series itself."""
+    tops = {name.split("/", 1)[0] if "/" in name else "" for name, _, _ in series.listing()}
+    return 0 if "" in tops else len(tops)
+
+
+# ---- packing -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended; `code` is negative if a signal ended it."""
+
+    code: int
+    out: bytes
+    err: bytes
+
+
+class Programs:
+    """The one place that starts programs. Nothing that it starts outlives this process."""
+
+    # A parent killed with -9 leaves its curl uploading. This shell reads the numbers of the
+    # running programs, a line each time they change; when the pipe closes it kills the last.
+    GUARD = 'trap "" HUP INT TERM; while read -r now; do pids=$now; done; kill -9 $pids'
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._running: Dict[int, subprocess.Popen[bytes]] = {}
+        # zip takes options from two of these, and no program needs the password.
+        hidden = ("ZIPOPT", "ZIP", "XNAT_PASS")
+        self._environment = {key: os.environ[key] for key in os.environ if key not in hidden}
+        self._guard = self._start(["sh", "-c", self.GUARD], "/")
+
+    def _start(self, command: List[str], folder: str) -> subprocess.Popen[bytes]:
+        # Its own session: a Ctrl-C at the terminal is ours to pass on, not the kernel's.
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, cwd=folder, env=self._environment,
+                                start_new_session=True)
+
+    def run(self, command: List[str], given: bytes = b"", folder: str = "/") -> Finished:
+        """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble."""
+        with self._lock:
+            if self.stopping.is_set():
+                raise Stop("stopping")
+            try:
+                process = self._start(command, folder)
+            except OSError as error:
+                raise Trouble(f"{command[0]} cannot be started in {folder} ({error.strerror})") from None
+            self._running[process.pid] = process
+            self._tell_guard()
+        try:
+            out, err = process.communicate(given)
+        finally:
+            process.kill()
+            process.wait()
+            with self._lock:
+                del self._running[process.pid]
+                self._tell_guard()
+        if self.stopping.is_set() and process.returncode < 0:
+            raise Stop("stopping")
+        return Finished(process.returncode, out, err)
+
+    def _tell_guard(self) -> None:
+        try:
+            os.write(self._guard.stdin.fileno(),  # type: ignore[union-attr]
+                     " ".join(map(str, self._running)).encode() + b"\n")
+        except BrokenPipeError:  # somebody killed the guard: the uploads do not need it
+            pass
+
+    def stop(self) -> None:
+        """End everything that runs, and start nothing more."""
+        with self._lock:
+            self.stopping.set()
+            for process in self._running.values():
+                process.kill()
+
+    def close(self) -> None:
+        """After the last program: let the guard go."""
+        self._guard.kill()
+        self._guard.communicate()
+
+
+class Workdir:
+    """The folder for zips, ledger, log and report, held by one run at a time."""
+
+    def __init__(self, path: str) -> None:
+        """Raises Stop(3) if it cannot be made, or another run holds it."""
+        self.path = os.path.abspath(path)
+        self.zips = os.path.join(self.path, "dicomUpload.zips")
+        self._numbers = itertools.count(1)
+        self._room = threading.Condition()
+        self._promised = 0
+        try:
+            os.makedirs(self.zips, exist_ok=True)
+            self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Stop(f"workdir {path}: in use by another run: wait for it, or give this one its own "
+                       "--workdir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a share without locks will do
+                raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another "
+                           "--workdir") from None
+        self.empty()
+
+    def empty(self) -> None:
+        """Remove what packing left behind, also that of an earlier run that was killed."""
+        # ziXXXXXX is zip's own temporary file, left beside its target by kill -9.
+        for pattern in ("part-*.zip", "zi??????"):
+            for leftover in glob.glob(os.path.join(glob.escape(self.zips), pattern)):
+                os.unlink(leftover)
+
+    def close(self) -> None:
+        self.empty()
+        os.rmdir(self.zips)
+        self._lock.close()
+
+    @contextmanager
+    def room_for(self, files: List[File]) -> Iterator[str]:
+        """A name for a zip of these files, once there is room. The zip is removed at the end.
+
+        Waits while other zips are in the way; raises Trouble if it would not fit even alone.
+        """
+        need = sum(length + 1024 for _, length, _ in files) + 65536  # never more than this
+        with self._room:
+            while shutil.disk_usage(self.zips).free - self._promised < need:
+                if not self._promised:
+                    free = size(shutil.disk_usage(self.zips).free)
+                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has {free}): "
+                                  "make room, choose another --workdir, or lower --max-files")
+                self._room.wait()
+            self._promised += need
+        target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
+        try:
+            yield target
+        finally:
+            if os.path.exists(target):
+                os.unlink(target)
+            with self._room:
+                self._promised -= need
+                self._room.notify_all()
+
+
+def pack(series: Series, files: List[File], target: str, level: int, programs: Programs) -> None:
+    """Zip `files` of a series into `target`. Raises Trouble unless it holds exactly them."""
+    for name, length, time_ns in files:
+        try:
+            info = os.stat(os.path.join(series.folder, name))
+        except OSError as error:
+            raise Trouble(f"{name} {unreadable(error)}") from None
+        if (info.st_size, info.st_mtime_ns) != (length, time_ns):
+            raise Trouble(f"{name} changed while this run was under way: run again when it is still")
+    # -q quiet; -X no owners and times; -D no folder entries; -@ names from standard input, a
+    # line each. `./` keeps a name that begins with - from being taken for an option. zip makes
+    # the file itself (one that is there would be updated), and never writes to a pipe (Java
+    # refuses stored entries with a data descriptor).
+    names = b"".join(b"./" + os.fsencode(name) + b"\n" for name, _, _ in files)
+    done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, series.folder)
+    if done.code not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
+        text = " ".join((done.out + done.err).decode("utf-8", "replace").split())
+        room = "make room or choose another --workdir" if done.code == 14 else "run again"
+        raise Trouble(f"zip failed (exit {done.code}{', ' + text if text else ''}): {room}")
+    check_zip(target, files)
+
+
+def check_zip(target: str, files: List[File]) -> None:
+    """Raises Trouble unless the zip holds these files in full and nothing else.
+
+    zip's exit 0 is no proof: a file that shrank or vanished while it read gives 0 (tools.md).
+    """
+    packed: Counter[Tuple[bytes, int]] = Counter()
+    try:
+        with zipfile.ZipFile(target) as archive:
+            for entry in archive.infolist():
+                # The bytes as they stand in the zip: Python decodes those without flag as cp437.
+                coding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
+                packed[entry.orig_filename.encode(coding), entry.file_size] += 1
+    except FileNotFoundError:
+        pass  # zip found none of the files
+    except (OSError, zipfile.BadZipFile) as error:
+        raise Trouble(f"zip made no readable archive ({error}): run again") from None
+    wanted = Counter((os.fsencode(name), length) for name, length, _ in files)
+    for name, _ in (wanted - packed) or (packed - wanted):
+        raise Trouble(f"{os.fsdecode(name)} could not be read in full, or changed while it was read: "
+                      "check it, then run again")
+
+
+# ---- sending -------------------------------------------------------------------------------
+
+
+CURL_TROUBLE = {
+    5: "the proxy's name cannot be found: check the proxy settings",
+    6: "the server's name cannot be found: check URL and network",
+    7: "nothing answers there: check URL, network, and whether XNAT is up",
+    28: "the connection went silent: check the network, and see --timeout",
+    35: "TLS does not come about: check https or http, and the port",
+    52: "the server closed the connection without an answer: run again later",
+    55: "the connection broke while sending: run again later",
+    56: "the connection broke: run again later",
+    60: "the server's certificate is not trusted: give your site's CA with --cacert FILE",
+    77: "the CA file cannot be read: check --cacert",
+}
+# Exit statuses of curl that waiting may heal: connections that failed, broke or went silent.
+CONNECTION_TROUBLE = frozenset((5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92, 95, 96))
+BUSY_STATUS = frozenset((408, 429, 502, 503, 504))
+# 400s that waiting heals, by their words (xnat.md 5 and 10).
+BUSY_WORDS = re.compile(
+    "concurrent file sends|session processing in progress|concurrent modification is discouraged"
+    "|duplicate archive attempt|destination session in use", re.IGNORECASE)
+ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
+# What to do about a refusal, by XNAT's own words (xnat.md 3, 6.2).
+REMEDIES = (
+    ("unable to read dicom|contains no sop", "move that file out of the folder, then run again"),
+    ("matching files|same resources", "XNAT has these files already; --overwrite-files replaces them"),
+    ("another subject|session subject", "the label belongs to another subject: rename the folder"),
+    ("session uid|same uid", "XNAT has another study under this label: rename the folder"),
+    ("http 413", "ask the admin to raise client_max_body_size, or lower --max-files"),
+    ("http 403", "ask the project's owner for the right to edit"),
+    ("http 5", "run again later; if it stays, ask the XNAT admin"),
+    ("", "look at the session in XNAT's prearchive"),
+)
+
+
+class Xnat:
+    """A server, one login and one project on it, through curl."""
+
+    def __init__(self, settings: Settings, programs: Programs, teller: Teller) -> None:
+        self.settings = settings
+        self.programs = programs
+        self.teller = teller
+        self.project = settings.project
+        self.version = ""
+        self.old_rows: Dict[str, List[str]] = {}  # prearchive addresses of earlier days, by label
+        self._cookie = ""
+        self._numbers = itertools.count(1)
+
+    # One request
+
+    def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
+            seconds: int = 0) -> Answer:
+        """One request, with `zipped` (a path) as its file; `seconds` bounds the whole of it."""
+        settings, folder = self.settings, "/"
+        url = settings.url + path + ("?" + urlencode(query) if query else "")
+        # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
+        # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
+        # --include: the headers come with the body. Never --fail (it hides the answer), never
+        # --location (a redirect would be followed with the login).
+        command = ["curl", "--disable", "--config", "-", "--globoff", "--silent", "--show-error",
+                   "--include", "--suppress-connect-headers", "--write-out", "\n%{http_code}"]
+        # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
+        command += ["--connect-timeout", "30", "--speed-limit", "1",
+                    "--speed-time", str(settings.timeout)]
+        command += ["--max-time", str(seconds)] if seconds else []
+        command += ["--cacert", settings.cacert] if settings.cacert else []
+        command += ["--insecure"] if settings.insecure else []
+        if zipped:
+            # A plain name in curl's own folder: `;` and `,` in -F names mean something.
+            # -F and not -T: XNAT then reads all before it answers, so that the status is always
+            # seen and a body cut short imports nothing. Never --data-binary: it fills the memory.
+            folder, name = os.path.split(zipped)
+            command += ["--form", f"file=@{name};type=application/zip"]
+            if settings.limit_rate:
+                command += ["--limit-rate", str(max(1, settings.limit_rate // settings.procs))]
+        elif method == "POST":
+            command += ["--data", "", "--header", "Content-Type:"]
+        elif method != "GET":
+            command += ["--request", method]
+        secrets = f'user = "{quoted(settings.user)}:{quoted(settings.password)}"\n'
+        if self._cookie:  # with both, a server session that expired heals itself (xnat.md 7)
+            secrets += f'cookie = "JSESSIONID={self._cookie}"\n'
+        number = next(self._numbers)
+        self.teller.log(f"curl {number}: {shlex.join(command[1:] + [url])}")
+        answer = read_answer(self.programs.run(command + [url], secrets.encode(), folder))
+        self._cookie = answer.cookie or self._cookie
+        body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # that is a secret
+        self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP {answer.status} {body}")
+        return answer
+
+    def ask_until(self, about: str, request: Callable[[], Answer],
+                  judge: Callable[[Answer], Verdict]) -> Tuple[Answer, Verdict, int]:
+        """Repeat a request while its answer may heal; the last answer, its verdict, the tries.
+
+        Raises Stop where no other request could fare better: login refused, server gone.
+        """
+        retries = self.settings.retries
+        for tries in range(1, retries + 2):
+            answer = request()
+            verdict = judge(answer)
+            if verdict.stop:
+                raise Stop(verdict.message)
+            if verdict.wait is None or tries > retries:
+                break
+            self.wait_to_heal(about, verdict, tries)
+        if verdict.gone and not self.is_there():
+            raise Stop(f"{self.settings.url}: the server is gone: {verdict.message}")
+        return answer, verdict, tries
+
+    def wait_to_heal(self, about: str, verdict: Verdict, tries: int) -> None:
+        """Announce a wait that grows with the tries, and wait."""
+        # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes.
+        pause = max(verdict.wait or 0.0, 3.0 ** (tries - 1)) * random.uniform(1.0, 1.3)
+        self.teller.say(f"{about}: {verdict.message}; trying again in {pause:.0f} s "
+                        f"({tries} of {self.settings.retries})")
+        self.pause(pause)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the run is being stopped."""
+        if self.programs.stopping.wait(seconds):
+            raise Stop("stopping")
+
+    def is_there(self) -> bool:
+        """Whether anything that could be a working XNAT answers."""
+        answer = self.ask("GET", "/xapi/siteConfig/buildInfo", seconds=30)
+        return answer.code == 0 and answer.status not in BUSY_STATUS
+
+    def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
+        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
+        query = dict(query or {}, format="json")
+        answer, verdict, _ = self.ask_until(path, lambda: self.ask("GET", path, query), self.judge)
+        if answer.status == 404:
+            return None
+        try:
+            return json.loads(answer.body if answer.status == 200 else "")
+        except ValueError:
+            raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}") from None
+
+    def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Dict[str, str]]]:
+        """A listing with lower-case column names (xnat.md 8), None if it is not there."""
+        found = self.get(path, query)
+        try:
+            return None if found is None else [
+                {str(key).lower(): str(value) for key, value in row.items()}
+                for row in found["ResultSet"]["Result"]]
+        except (KeyError, TypeError, AttributeError):
+            raise Trouble(f"{path} is no listing: is this XNAT's own address?") from None
+
+    # The server, once
+
+    def meet(self) -> None:
+        """Log in once and check the project, before any byte. Raises Stop(3) with the reason.
+
+        XNAT itself refuses none of this at import: a wrong project gives 200 and the data goes
+        into another one or to Unassigned (xnat.md 4.3, 7).
+        """
+        answer = self.ask("POST", "/data/JSESSION")
+        if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]+\s*$", answer.body):
+            raise Stop(self.refusal(answer))
+        self._cookie = answer.body.strip()
+        try:
+            self.version = str((self.get("/xapi/siteConfig/buildInfo") or {}).get("version", ""))
+        except (Trouble, AttributeError):
+            self.teller.log("no version: the series of a session will go one by one")
+        try:
+            self.project = self._find_project()
+            for row in self.rows(f"/data/prearchive/projects/{quote(self.project, safe='')}") or []:
+                address = "/data" + row.get("url", "")
+                self.old_rows.setdefault(address.rpartition("/")[2], []).append(address)
+        except Trouble as trouble:
+            raise Stop(f"project {self.settings.project}: {trouble}") from None
+
+    def _find_project(self) -> str:
+        """The project's own ID (an alias may have been given), if this user may add to it."""
+        wanted, user = self.settings.project, self.settings.user
+        found = self.get(f"/data/projects/{quote(wanted, safe='')}")
+        if found is None:
+            raise Stop(f"project {wanted}: not on this XNAT, or {user} cannot see it: check its ID")
+        try:
+            project = str(found["items"][0]["data_fields"]["ID"])
+        except (KeyError, IndexError, TypeError):
+            raise Trouble("the server does not tell its ID: is this XNAT's own address?") from None
+        query = {"permissions": "edit", "dataType": "xnat:subjectData"}
+        if project not in [row.get("id") for row in self.rows("/data/projects", query) or []]:
+            raise Stop(f"project {wanted}: {user} can see it but not add to it: ask its owner to make "
+                       f"{user} a member")
+        return project
+
+    def takes_side_by_side(self) -> bool:
+        """Whether series of one session may go at the same time: since 1.8.8 (XNAT-7535)."""
+        return [int(number) for number in re.findall(r"\d+", self.version)[:3]] >= [1, 8, 8]
+
+    def close(self) -> None:
+        """Give the server session back: a user has a limited number of them."""
+        self.ask("DELETE", "/data/JSESSION", seconds=5)
+
+    # What answers mean
+
+    def refusal(self, answer: Answer) -> str:
+        """Why the server does not let us in: one sentence with the remedy."""
+        user, target = self.settings.user, answer.location
+        if answer.code:
+            why = curl_trouble(answer)
+        elif answer.status == 401:
+            why = (f"login refused for {user} (HTTP 401): check USER and PASS (20 wrong ones lock "
+                   "the account for an hour; too many open sessions look the same)")
+        elif "UpdateUser" in target:
+            why = f"the password of {user} has expired: set a new one in the browser"
+        elif "InactiveAccount" in target:
+            why = f"the account {user} is not active yet: ask the XNAT admin"
+        elif target.startswith("https:") and self.settings.url.startswith("http:"):
+            why = f"the server wants https: give https://{urlsplit(target).netloc} as URL"
+        elif target:
+            why = f"the server redirects to {target}: give the address that XNAT itself has"
+        elif answer.is_html and answer.status == 200:
+            why = "a web page came instead of an answer (login, proxy?): is this XNAT's own address?"
+        else:
+            why = f"unexpected answer ({said(answer)}): is this XNAT's own address?"
+        return f"{self.settings.url}: {why}"
+
+    def judge(self, answer: Answer, files: int = 0) -> Verdict:
+        """What any answer means for trying again; `files` is what XNAT may still be importing."""
+        importing = 0.15 * files  # XNAT needs 46 to 75 ms a file: by then it is surely over
+        if answer.code:
+            heals = answer.code in CONNECTION_TROUBLE or answer.code < 0
+            wait = (importing if answer.code == 28 else 0.0) if heals else None
+            return Verdict(message=curl_trouble(answer), wait=wait, gone=heals)
+        if answer.status == 401 or 300 <= answer.status < 400:
+            return Verdict(message=self.refusal(answer), stop=True)
+        if answer.status in BUSY_STATUS:  # a proxy that gave up (504) does not end the import
+            wait = importing if answer.status == 504 else answer.retry_after
+            return Verdict(message=said(answer), wait=wait, gone=answer.status >= 500)
+        if answer.status == 400 and BUSY_WORDS.search(said(answer)):
+            return Verdict(message=said(answer), wait=importing)
+        if answer.status == 200 and answer.is_html:
+            return Verdict(message=self.refusal(answer), stop="login" in answer.body.lower())
+        return Verdict()
+
+    def judge_part(self, answer: Answer, part: Part) -> Verdict:
+        """What the answer to a part means. Only an address in our project and session is success:
+        XNAT says 200 too when it kept nothing, or put it elsewhere (xnat.md 4.3)."""
+        verdict = self.judge(answer, part.stop - part.start)
+        if verdict.message:
+            return verdict
+        if answer.status != 200:
+            return Verdict(message=f"the server refused it ({said(answer)}): {remedy(answer)}")
+        addresses = sorted(set(answer.body.split()))
+        for address in addresses:
+            found = ADDRESS.search(address)
+            if not found:
+                return Verdict(message=f"no address came back ({address[:200]}): look in the log")
+            if found[1] != self.project:
+                return Verdict(stop=True, message=f"project {self.project}: XNAT put data into project "
+                               f"{found[1]} ({address}): remove it there, and ask the XNAT admin")
+            if found[2] != part.session.label:
+                return Verdict(message=f"XNAT put it into another session ({address}): look there")
+        if len(addresses) > 1:
+            return Verdict(message=two_studies("series", addresses))
+        if not addresses:
+            return Verdict(message="XNAT kept none of these files (empty answer): ask the project's "
+                           "owner about series import filters and anonymization scripts")
+        return Verdict(address=addresses[0][addresses[0].index("/data/"):])
+
+    # One part
+
+    def send(self, part: Part, workdir: Workdir) -> Outcome:
+        """Pack one part and POST it until it is sent, refused or out of tries (xnat.md 1, 2)."""
+        session, started = part.session, time.monotonic()
+        query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
+                 "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
+                 "overwrite": "append"}
+        if not self.settings.no_commit:  # else five idle minutes archive half a session (6.1)
+            query["prevent_auto_commit"] = "true"
+        files = part.series.listing()[part.start:part.stop]
+        try:
+            with workdir.room_for(files) as zipped:
+                pack(part.series, files, zipped, self.settings.compression, self.programs)
+                answer, verdict, tries = self.ask_until(
+                    f"{session.label} {part.series.name}",
+                    lambda: self.ask("POST", "/data/services/import", query, zipped),
+                    lambda answer: self.judge_part(answer, part))
+                return Outcome(verdict.address, verdict.message, os.path.getsize(zipped),
+                               time.monotonic() - started, tries, answer.status)
+        except Trouble as trouble:
+            return Outcome(message=str(trouble), seconds=time.monotonic() - started)
+
+    # A whole session
+
+    def look(self, session: Session, memory: Memory) -> Standing:
+        """How the server holds a session before this run adds to it."""
+        try:
+            archived = self.count(self._archive_path(session)) or 0
+            if memory.address:
+                if self.settled(memory.address):
+                    return Standing("open")
+                # Gone from the prearchive: by a commit whose answer was lost, or by hand.
+                if archived >= memory.before + memory.files:
+                    return Standing("archived", before=archived, files=archived,
+                                    path=self._archive_path(session))
+                return Standing("lost", before=archived)
+            if memory.owed:
+                counted = self.count(memory.path) or 0
+                owed = memory.owed if counted < memory.owed else 0
+                message = differs(memory.ended, counted, owed, memory.path) if owed else ""
+                return Standing(memory.ended, message, files=counted, owed=owed, path=memory.path)
+            held = {}
+            for address in self.old_rows.get(session.label, []):
+                if self.settled(address):
+                    count = self.count(address)
+                    held[address] = -1 if count is None else count
+            return Standing("new", before=archived, held=held)
+        except Trouble as trouble:
+            return Standing(message=str(trouble))
+
+    def commit(self, session: Session, memory: Memory) -> Standing:
+        """Commit a whole session, and verify it by the server's own count (xnat.md 6.2, 8)."""
+        address, query = memory.address, {"action": "commit"}
+        if self.settings.overwrite_files:
+            query["overwrite_files"] = "true"
+        try:
+            for tries in itertools.count(1):
+                answer = self.ask("POST", address, query)
+                if answer.status == 301 and "/data/archive/" in answer.body:
+                    return self._verify(session, memory, "archived")
+                if answer.status == 200 and "/data/prearchive/" in answer.body:
+                    return self._verify(session, memory, "prearchived")
+                verdict = self.judge(answer)
+                if verdict.stop:
+                    raise Stop(verdict.message)
+                # Refused, or the answer was lost on the way while XNAT went on: look.
+                status = self.settled(address)
+                if not status:
+                    return self._verify(session, memory, "archived")
+                lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
+                if status not in ("RECEIVING", "READY") or not lost or tries > self.settings.retries:
+                    break
+                self.wait_to_heal(f"commit of {session.label}", verdict, tries)
+            if lost:  # XNAT keeps the reason
+                answer = self.ask("GET", address + "/logs/last")
+            return Standing(message=f"XNAT did not archive it ({said(answer)}): {remedy(answer)}")
+        except Trouble as trouble:
+            return Standing(message=str(trouble))
+
+    def _archive_path(self, session: Session) -> str:
+        return (f"/data/projects/{quote(self.project, safe='')}/subjects/{session.subject_label}"
+                f"/experiments/{session.label}")
+
+    def settled(self, address: str) -> str:
+        """Status of a prearchive session once nothing works on it; '' if it is not there."""
+        for wait in (1.0, 2.0, 5.0, 10.0) + (30.0,) * 60:
+            rows = self.rows(address)
+            status = rows[0].get("status", "") if rows else ""
+            # _BUILDING, ARCHIVING, QUEUED_ARCHIVING, MOVING ...: nobody may touch it (xnat.md 5)
+            if not status.startswith("_") and (not status.endswith("ING") or status == "RECEIVING"):
+                return status
+            self.teller.log(f"{address} is {status}: waiting")
+            self.pause(wait)
+        raise Trouble(f"XNAT is still at work on it ({address} is {status}): run again later")
+
+    def count(self, path: str) -> Optional[int]:
+        """DICOM files that the server counts in a built session, None if it is not there."""
+        scans = self.rows(path + "/scans")
+        if scans is None:
+            return None
+        total = 0
+        for scan in scans:
+            folder = f"{path}/scans/{quote(scan.get('id', ''), safe='')}/resources"
+            for resource in self.rows(folder) or []:
+                if resource.get("label") in ("DICOM", "secondary"):
+                    count = resource.get("file_count", "")
+                    if not count.isdigit():  # an old catalog without statistics
+                        count = str(len(self.rows(f"{folder}/{resource['label']}/files") or []))
+                    total += int(count)
+        return total
+
+    def _verify(self, session: Session, memory: Memory, where: str) -> Standing:
+        """Compare the server's count with what was sent and what was there before."""
+        path = memory.address if where == "prearchived" else self._archive_path(session)
+        counted = self.count(path) or 0
+        held = memory.held.get(memory.address, 0)  # -1: there was something, unknown how much
+        base = max(held, 0) + (memory.before if where == "archived" else 0)
+        most = memory.files + base
+        # Files that replace their equals do not add to the count.
+        least = max(memory.files, base) if self.settings.overwrite_files or held else most
+        if least <= counted and (counted <= most or held < 0):
+            return Standing(where, files=counted, path=path)
+        return Standing(where, differs(where, counted, most, path), files=counted, owed=most, path=path)
+
+
+def quoted(text: str) -> str:
+    """`text` for a double-quoted value in curl's config."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def read_answer(done: Finished) -> Answer:
+    """Take curl's output apart: the headers of each hop, the body, the status at the very end."""
+    out, _, tail = done.out.rpartition(b"\n")
+    found = re.match(rb"(?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+", out)
+    head = found[0].decode("latin-1") if found else ""
+
+    def header(pattern: str) -> str:
+        match = re.search(rf"(?im)^{pattern}", head)
+        return match[1].strip() if match else ""
+
+    # After a failed transfer curl may still say 100 or 200.
+    status = int(tail) if done.code == 0 and tail.isdigit() else 0
+    wait = header(r"retry-after: *(\d{1,6})\s*$")
+    return Answer(
+        done.code, status, out[len(head):].decode("utf-8", "replace"),
+        re.sub(r"^curl: \(\d+\) ", "", " ".join(done.err.decode("utf-8", "replace").split()))[:200],
+        header(r"location:(.*)$"),
+        min(600.0, float(wait or 0)),  # no server is waited for longer than ten minutes
+        # A new server session where the old one had expired; not the guest's of a refusal.
+        header(r"set-cookie: *JSESSIONID=([0-9A-Za-z._-]+)") if status == 200 else "")
+
+
+def curl_trouble(answer: Answer) -> str:
+    """curl's exit status in words, with curl's own as the evidence."""
+    words = CURL_TROUBLE.get(answer.code, "curl was killed" if answer.code < 0 else "curl failed")
+    what, _, to_do = words.partition(": ")
+    return (f"{what} (curl exit {answer.code}{', ' if answer.error else ''}{answer.error}): "
+            f"{to_do or 'run again'}")
+
+
+def said(answer: Answer) -> str:
+    """The server's own sentence: Restlet puts it in <h3>, others in <title> or in plain text."""
+    if answer.code:
+        return curl_trouble(answer)
+    found = re.search(r"<(h3|title)>(.*?)</\1>", answer.body, re.DOTALL | re.IGNORECASE)
+    text = html.unescape(re.sub(r"<[^>]*>", " ", found[2] if found else answer.body))
+    return ", ".join(filter(None, (f"HTTP {answer.status}", " ".join(text.split())[:300])))
+
+
+def remedy(answer: Answer) -> str:
+    """What to do about a refusal."""
+    return next(advice for words, advice in REMEDIES if re.search(words, said(answer).lower()))
+
+
+def two_studies(kind: str, addresses: List[str]) -> str:
+    return (f"two studies in one {kind} folder, XNAT made two sessions ({', '.join(addresses)}): "
+            "sort the folder by study, delete what is wrong in the prearchive, then run again")
+
+
+def differs(where: str, counted: int, owed: int, path: str) -> str:
+    return (f"{where}, but XNAT counts {counted} files where {owed} should be: compare {path} with the "
+            "folder (copies of one image count once; import filters drop some)")
+
+
+# ---- ledger --------------------------------------------------------------------------------
+
+
+@dataclass
+class Memory:
+    """What earlier runs and this one have done for one session."""
+
+    # By series: fingerprint, start, stop and address of each part that is sent.
+    sent: Dict[str, List[Tuple[str, int, int, str]]] = field(default_factory=dict)
+    address: str = ""  # where this round's parts lie until they are committed
+    files: int = 0  # how many of them
+    before: int = 0  # what the archive held before this round
+    held: Dict[str, int] = field(default_factory=dict)  # and old prearchive sessions; -1 unknown
+    ended: str = ""  # archived or prearchived
+    path: str = ""  # where that was counted
+    owed: int = 0  # the count that was missed there
+
+    def parts_left(self, session: Session, series: Series, max_files: int) -> List[Part]:
+        """The parts of a series that are not on the server yet, for these very files."""
+        done = sorted(each[1:3] for each in self.sent.get(series.name, [])
+                      if each[0] == series.fingerprint)
+        parts, at = [], 0
+        for start, stop in done + [(series.files, series.files)]:
+            while at < start:
+                parts.append(Part(session, series, at, min(start, at + max_files)))
+                at = parts[-1].stop
+            at = max(at, stop)
+        return parts
+
+    def has_changed(self, series: Series) -> bool:
+        """Whether other files of this series were sent before."""
+        return any(each[0] != series.fingerprint for each in self.sent.get(series.name, []))
+
+    def take(self, event: str, line: Dict[str, Any]) -> None:
+        """Take in one event of the ledger."""
+        if event == "opened":
+            self.before, self.held = line["before"], line["held"]
+        elif event == "sent":
+            part = (line["files"], line["from"], line["to"], line["address"])
+            self.sent.setdefault(line["series"], []).append(part)
+            self.address, self.ended, self.owed = line["address"], "", 0
+            self.files += line["to"] - line["from"]
+        elif event == "lost":
+            for name, parts in self.sent.items():
+                self.sent[name] = [each for each in parts if each[3] != self.address]
+            self.address, self.files = "", 0
+        elif event in ("archived", "prearchived"):
+            self.address, self.files, self.ended = "", 0, event
+            self.path, self.owed = line["path"], line["owed"]
+
+
+class Ledger:
+    """The file that remembers what was sent: JSON, a line each, synced; the last may be torn."""
+
+    def __init__(self, path: str, server: str, project: str) -> None:
+        """Raises Stop(3) if it cannot be read and written."""
+        self.path = path
+        self._where = {"v": 1, "server": server, "project": project}
+        self._sessions: Dict[Tuple[str, str], Memory] = {}
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            self._file = os.fdopen(handle, "r+b", buffering=0)
+            raw = b"\n"
+            with open(path, "rb") as lines:
+                for raw in lines:
+                    self._read(raw)
+            if not raw.endswith(b"\n"):
+                self._file.write(b"\n")
+        except OSError as error:
+            raise Stop(f"ledger {path}: cannot be used ({error.strerror}): mend it, or choose another "
+                       "--workdir") from None
+
+    def _read(self, raw: bytes) -> None:
+        try:
+            line = json.loads(raw)
+            if all(line[key] == value for key, value in self._where.items()):
+                self._take(line)
+        except (ValueError, KeyError, TypeError):
+            pass  # torn, or of another version: what it told of is sent again
+
+    def _take(self, line: Dict[str, Any]) -> None:
+        if line["event"] == "forget":
+            self._sessions.pop((line["subject"], line["session"]), None)
+        else:
+            memory = self._sessions.setdefault((line["subject"], line["session"]), Memory())
+            memory.take(line["event"], line)
+
+    def of(self, session: Session) -> Memory:
+        """What is known of a session."""
+        return self._sessions.setdefault((session.subject_label, session.label), Memory())
+
+    def add(self, session: Session, event: str, **more: Any) -> None:
+        """Write an event down and sync it. Raises Stop(3) if that fails."""
+        line = dict(self._where, at=now(), subject=session.subject_label, session=session.label,
+                    event=event, **more)
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise Stop(f"ledger {self.path}: cannot be written ({error.strerror}): make room, then run "
+                       "again") from None
+        self._take(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# ---- the run -------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """One series on its way: what is left of it, and what has become of the rest."""
+
+    series: Series
+    parts: Deque[Part] = field(default_factory=deque)
+    status: str = ""  # '' while on its way; sent, not sent, already there, left out, no DICOM
+    message: str = ""
+    busy: bool = False
+    files: int = 0
+    zipped: int = 0  # bytes
+    seconds: float = 0.0
+    tries: int = 0
+    status_code: int = 0
+    address: str = ""
+
+
+class Journey:
+    """One session on its way: the one place that says what may go next, and when it is whole."""
+
+    def __init__(self, session: Session, memory: Memory, settings: Settings) -> None:
+        self.session = session
+        self.memory = memory
+        self.settings = settings
+        self.jobs = 0
+        self.message = ""  # why the session as a whole failed
+        self.verified = 0  # files that the server counted
+        self.tallies = self.take_stock()
+        self.looked = not (memory.address or memory.owed or any(each.parts for each in self.tallies))
+
+    def take_stock(self) -> List[Tally]:
+        """Which parts of which series are left to send."""
+        tallies = []
+        for series in self.session.series:
+            parts = self.memory.parts_left(self.session, series, self.settings.max_files)
+            if series.left_out:
+                tallies.append(Tally(series, status="left out", message=series.left_out))
+            elif series.problem:
+                tallies.append(Tally(series, status="not sent", message=series.problem))
+            elif not series.files:
+                message = f"none of its {plural(series.not_dicom, 'file')} is DICOM"
+                tallies.append(Tally(series, status="no DICOM", message=message))
+            else:
+                tallies.append(Tally(series, deque(parts), "" if parts else "already there"))
+        return tallies
+
+    def next_job(self, side_by_side: bool) -> Tuple[str, Optional[Tally]]:
+        """What this session may do now: look, send (and which series), commit; '' for nothing.
+
+        Parts of one series go in order. Series go one by one until the first answer, which
+        makes the session; then side by side, if the server can take it. A session is committed
+        when all of it is sent, and nothing is sent while it is being committed.
+        """
+        if self.message or self.jobs and not (side_by_side and self.looked and self.memory.address):
+            return "", None
+        if not self.looked:
+            return "look", None
+        for tally in self.tallies:
+            if tally.parts and not tally.busy:
+                return "send", tally
+        whole = self.memory.address and not self.jobs and not self.failed()
+        return ("commit" if whole and not self.settings.no_commit else ""), None
+
+    def failed(self) -> bool:
+        return bool(self.message) or any(tally.status == "not sent" for tally in self.tallies)
+
+    def where(self) -> str:
+        """How the session ended."""
+        if self.failed():
+            return "held back" if self.memory.address else "failed"
+        return "sent" if self.memory.address else self.memory.ended or "nothing to send"
+
+
+class Run:
+    """The upload: starts jobs, takes their results, keeps ledger and telling right.
+
+    Workers only pack, send, look and commit; what is decided is decided here, in one thread.
+    """
+
+    def __init__(self, plan: Plan, xnat: Xnat, workdir: Workdir, ledger: Ledger) -> None:
+        self.xnat = xnat
+        self.settings = xnat.settings
+        self.teller = xnat.teller
+        self.workdir = workdir
+        self.ledger = ledger
+        self.waiting = deque(plan.sessions)
+        self.active: List[Journey] = []
+        self.jobs = 0
+        self.done: SimpleQueue[Tuple[Journey, Callable[[Journey, Any], None], Any]] = SimpleQueue()
+        self.pool = ThreadPoolExecutor(self.settings.procs)
+
+    def go(self) -> None:
+        """Run until every session is over. Raises Stop; no job is left, whatever happens."""
+        try:
+            while self._start_jobs():
+                self._take(*self.done.get())
+        except BaseException:
+            self.xnat.programs.stop()
+            raise
+        finally:
+            self.pool.shutdown()
+            while not self.done.empty():  # what was answered in the last moment counts
+                journey, then, result = self.done.get()
+                if not isinstance(result, BaseException):
+                    self._take(journey, then, result)
+
+    def _start_jobs(self) -> bool:
+        """Give every free worker what may go next; False when nothing is left."""
+        while self.jobs < self.settings.procs:
+            if not any(self._start_one(journey) for journey in self.active):
+                if not self.waiting:
+                    break
+                self._open(self.waiting.popleft())
+        return self.jobs > 0
+
+    def _open(self, session: Session) -> None:
+        """Bring a session under way."""
+        journey = Journey(session, self.ledger.of(session), self.settings)
+        self.active.append(journey)
+        if journey.looked:
+            self._tell_known(journey)
+        self._close_if_over(journey)
+
+    def _start_one(self, journey: Journey) -> bool:
+        """Start what this session may do next, if anything."""
+        kind, tally = journey.next_job(self.xnat.takes_side_by_side())
+        session, memory = journey.session, journey.memory
+        if kind == "look":
+            self._submit(journey, lambda: self.xnat.look(session, memory), self._looked)
+        elif kind == "commit":
+            self._submit(journey, lambda: self.xnat.commit(session, memory), self._settle)
+        elif tally:
+            part = tally.parts.popleft()
+            tally.busy = True
+            self._submit(journey, lambda: self.xnat.send(part, self.workdir),
+                         lambda journey, outcome: self._sent(journey, tally, part, outcome))
+        return bool(kind)
+
+    def _submit(self, journey: Journey, work: Callable[[], Any],
+                then: Callable[[Journey, Any], None]) -> None:
+        def job() -> None:
+            try:
+                self.done.put((journey, then, work()))
+            except BaseException as error:  # the main thread decides
+                self.done.put((journey, then, error))
+
+        self.jobs += 1
+        journey.jobs += 1
+        self.pool.submit(job)
+
+    def _take(self, journey: Journey, then: Callable[[Journey, Any], None], result: Any) -> None:
+        """Take in the end of a job."""
+        self.jobs -= 1
+        journey.jobs -= 1
+        if isinstance(result, BaseException):
+            raise result
+        then(journey, result)
+        self._close_if_over(journey)
+
+    def _looked(self, journey: Journey, standing: Standing) -> None:
+        session, journey.looked = journey.session, True
+        self._settle(journey, standing)
+        if standing.where == "lost":
+            self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
+            journey.tallies = journey.take_stock()
+        if standing.where in ("archived", "lost", "new"):
+            self.ledger.add(session, "opened", before=standing.before, held=standing.held)
+        self._tell_known(journey)
+
+    def _settle(self, journey: Journey, standing: Standing) -> None:
+        """Write down where the parts of a session are now: archived, for review, or lost."""
+        journey.message, journey.verified = standing.message, standing.files
+        if standing.where in ("archived", "prearchived", "lost"):
+            self.ledger.add(journey.session, standing.where, files=standing.files,
+                            owed=standing.owed, path=standing.path)
+
+    def _tell_known(self, journey: Journey) -> None:
+        """Tell of the series that need no sending, and of those that have changed."""
+        for tally in journey.tallies:
+            if tally.status:
+                self.teller.series(journey.session, tally)
+            elif journey.memory.has_changed(tally.series):
+                self.teller.say(f"{journey.session.label} {tally.series.name}: has changed since it was "
+                                "sent: sent again (XNAT keeps old files unless --overwrite-files)")
+
+    def _sent(self, journey: Journey, tally: Tally, part: Part, outcome: Outcome) -> None:
+        tally.busy = False
+        tally.seconds += outcome.seconds
+        tally.tries += outcome.tries
+        tally.status_code = outcome.status
+        here = journey.memory.address or outcome.address
+        if outcome.address and outcome.address != here:
+            message = two_studies("session", [here, outcome.address])
+            outcome = replace(outcome, address="", message=message)
+        if outcome.address:
+            self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
+                            files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
+            tally.files += part.stop - part.start
+            tally.zipped += outcome.zipped
+            tally.address = here
+            tally.status = "" if tally.parts else "sent"
+        else:
+            tally.parts.clear()
+            tally.status, tally.message = "not sent", outcome.message
+        if tally.status:
+            self.teller.series(journey.session, tally)
+
+    def _close_if_over(self, journey: Journey) -> None:
+        """Say how a session ended for which nothing is left to do."""
+        if not journey.jobs and not journey.next_job(False)[0]:
+            self.active.remove(journey)
+            self._give_up(journey, journey.message)
+            self.teller.session(journey)
+
+    def _give_up(self, journey: Journey, message: str) -> None:
+        """Tell of series whose turn never came."""
+        for tally in journey.tallies:
+            if not tally.status:
+                tally.status, tally.message = "not sent", message
+                self.teller.report(journey.session, tally)
+
+    def tell_rest(self) -> None:
+        """Write into the report what a stop left undone."""
+        waiting = (Journey(each, self.ledger.of(each), self.settings) for each in self.waiting)
+        for journey in itertools.chain(self.active, waiting):
+            self._give_up(journey, "the run was stopped before")
+
+
+# ---- telling -------------------------------------------------------------------------------
+
+
+REPORT = ("subject", "session", "series", "label", "status", "files", "not-DICOM files",
+          "bytes sent", "seconds", "tries", "HTTP status", "server's address", "message")
+# How a session ended, in words.
+ENDS = {
+    "archived": "archived",
+    "prearchived": "in the prearchive, for review",
+    "sent": "sent, in the prearchive until XNAT archives it (--no-commit)",
+    "held back": "held back in the prearchive until every series is sent",
+    "failed": "not there",
+    "nothing to send": "nothing to send",
+}
+
+
+class Teller:
+    """The one place that prints: results to stdout, the rest to stderr, all of it to the log."""
+
+    def __init__(self) -> None:
+        self.failures: List[str] = []
+        self.report_path = ""
+        self._sessions: Counter[str] = Counter()
+        self._series: Counter[str] = Counter()
+        self._files = self._bytes = self._zipped = 0
+        self._goal = (0, 0)  # series and bytes to send
+        self._widths = (0, 0)  # of labels and of series names
+        self._started = time.monotonic()
+        self._lock = threading.RLock()
+        self._log: Optional[TextIO] = None
+        self._report: Optional[TextIO] = None
+        self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown = False  # whether the moving line is on the screen
+
+    def open_files(self, settings: Settings) -> None:
+        """Begin log and report in the workdir, readable by their owner only."""
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        base = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        self.report_path = base + ".csv"
+        self._log, self._report = private_file(base + ".log"), private_file(self.report_path)
+        csv.writer(self._report).writerow(REPORT)
+        self.log(f"dicomUpload {VERSION}: {settings.command}")
+
+    def log(self, text: str) -> None:
+        """A line for the log only."""
+        with self._lock:
+            if self._log:
+                self._log.write(f"{now()} {printable(text)}\n")
+                self._log.flush()
+
+    def line(self, text: str = "") -> None:
+        """A result: a line on stdout and in the log."""
+        with self._lock:
+            self.log(text)
+            self._erase()
+            show(sys.stdout, text)
+
+    def say(self, text: str) -> None:
+        """A warning, an error or a wait: a line on stderr and in the log."""
+        with self._lock:
+            self.log(text)
+            self._erase()
+            show(sys.stderr, f"dicomUpload: {text}")
+
+    def _erase(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._shown = False
+
+    def progress(self) -> None:
+        """The one moving line, on a terminal only."""
+        if self._moves:
+            series, total = self._goal
+            rate = self._bytes / max(1.0, time.monotonic() - self._started)
+            left = f"  {rate / 1e6:.1f} MB/s  {(total - self._bytes) / rate:.0f} s left" if rate else ""
+            text = (f"[{self._series['sent']} of {series} series  {size(self._bytes)} of {size(total)}"
+                    f"{left}]")
+            self._erase()
+            sys.stderr.write(text[:shutil.get_terminal_size().columns - 1])
+            sys.stderr.flush()
+            self._shown = True
+
+    def plan(self, plan: Plan, to_send: List[Part]) -> None:
+        """What is about to happen, in a few lines."""
+        pairs = list(plan.pairs())
+        series = {id(part.series): part.series for part in to_send}.values()
+        self._goal = (len(series), sum(each.bytes for each in series))
+        self._widths = (max((len(session.label) for session in plan.sessions), default=0),
+                        min(40, max((len(printable(each.name)) for _, each in pairs), default=0)))
+        subjects = len({session.subject_label for session in plan.sessions})
+        files = sum(part.stop - part.start for part in to_send)
+        left_out = sum(1 for _, each in pairs if each.left_out)
+        self.line(f"{plural(subjects, 'subject')}, {plural(len(plan.sessions), 'session')}: "
+                  f"{len(series)} series to send ({plural(files, 'file')}, {size(self._goal[1])}), "
+                  f"{left_out} left out")
+        if plan.not_chosen:
+            self.line(f"{plural(plan.not_chosen, 'session')} left out by --only")
+        junk = sum(each.not_dicom for _, each in pairs)
+        if junk:
+            self.line(f"{plural(junk, 'file')} in the series not DICOM (named in the log): not sent")
+        if plan.strays:
+            count = plural(len(plan.strays), "file")
+            self.say(f"{plan.strays[0]}: {count} where folders belong (named in the log): not sent")
+        for stray in plan.strays:
+            self.log(f"where a folder belongs: {stray}")
+        for session in plan.sessions:
+            if session.label != session.path.replace("/", "_"):
+                self.line(f"{session.path} becomes session {session.label} of subject "
+                          f"{session.subject_label}")
+        self.line()
+
+    def dry_run(self, plan: Plan, settings: Settings) -> None:
+        """Every series with what would become of it, and whether there is room."""
+        for session, series in plan.pairs():
+            status = ("left out" if series.left_out else "cannot go" if series.problem
+                      else "would send" if series.files else "no DICOM")
+            junk = f"{series.not_dicom} not DICOM" if series.not_dicom else ""
+            good = f"{plural(series.files, 'file')}  {size(series.bytes)}" if series.files else ""
+            detail = series.left_out or series.problem or "  ".join(filter(None, (good, junk)))
+            self._series_line(session, series, status, detail)
+        folder = os.path.abspath(settings.workdir)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        self.line(f"\nFree for zips in {settings.workdir}: {size(shutil.disk_usage(folder).free)}")
+        self.line(f"Nothing was sent and nobody contacted. To send: {settings.command}")
+
+    def _series_line(self, session: Session, series: Series, status: str, detail: str) -> None:
+        label, name = self._widths
+        self.line(f"{session.label:<{label}}  {printable(series.name):<{name}}  {status:<13} {detail}")
+
+    def series(self, session: Session, tally: Tally) -> None:
+        """One line, and one row in the report, for a series that is settled."""
+        series, detail = tally.series, tally.message
+        self._series[tally.status] += 1
+        if tally.status == "sent":
+            detail = f"{plural(tally.files, 'file'):>11}  {size(tally.zipped):>8}  {tally.seconds:.1f} s"
+            self._files += tally.files
+            self._zipped += tally.zipped
+            self._bytes += series.bytes
+        elif tally.status == "not sent":
+            self.failures.append(f"{session.label} {series.name}: {tally.message}")
+        if series.not_dicom and series.files:
+            detail += f"  ({series.not_dicom} not DICOM)"
+        self._series_line(session, series, tally.status, detail)
+        self.report(session, tally)
+        self.progress()
+
+    def report(self, session: Session, tally: Tally) -> None:
+        """One row in the report."""
+        subject, _, name = session.path.partition("/")
+        row = (subject, name, tally.series.name, session.label, tally.status, tally.files,
+               tally.series.not_dicom, tally.zipped, f"{tally.seconds:.1f}", tally.tries,
+               tally.status_code or "", tally.address, tally.message)
+        if self._report:
+            csv.writer(self._report).writerow([cell(each) for each in row])
+            self._report.flush()
+
+    def session(self, journey: Journey) -> None:
+        """One line for a session that is over."""
+        where, label = journey.where(), journey.session.label
+        self._sessions[where] += 1
+        text = ENDS[where]
+        if journey.message:
+            self.failures.append(f"{label}: {journey.message}")
+            text = journey.message
+        elif where in ("archived", "prearchived"):
+            files = plural(journey.verified, "file")
+            text += f", {files} verified" if journey.verified else " by an earlier run"
+        self.line(f"{label}  {text}")
+        self.progress()
+
+    def summary(self, run: Run) -> None:
+        """The end: how much is there, each failure again, and what to do."""
+        ends, seconds = self._sessions, time.monotonic() - self._started
+        unfinished = len(run.active) + len(run.waiting)
+        total = sum(ends.values()) + unfinished
+        there = ends["archived"] + ends["prearchived"]
+        words = [f"{there} of {plural(total, 'session')} archived and verified"]
+        if ends["prearchived"]:
+            words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of them in "
+                     "the prearchive"]
+        words += [f"{ends[end]} {end}" for end in ("sent", "held back", "failed", "nothing to send")
+                  if ends[end]]
+        words += [f"{unfinished} not finished"] if unfinished else []
+        self.line(f"\n{'; '.join(words)}. {self._series['sent']} series, {plural(self._files, 'file')}, "
+                  f"{size(self._bytes)} ({size(self._zipped)} zipped) in {seconds:.0f} s"
+                  f" ({self._bytes / max(seconds, 0.1) / 1e6:.1f} MB/s).")
+        for failure in self.failures:
+            self.line(f"Not there: {failure}")
+        if self.failures or unfinished:
+            self.line(f"Run the same command again to finish: {run.settings.command}")
+        self.line(f"Report: {self.report_path}")
+
+
+def private_file(path: str) -> TextIO:
+    """A new text file that nobody else can read."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    return os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def show(stream: TextIO, text: str) -> None:
+    """Print a line. A reader that has gone away (`| head`) does not stop the upload."""
+    try:
+        coding = stream.encoding or "ascii"
+        stream.write(printable(text).encode(coding, "backslashreplace").decode(coding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and bytes that are no text made visible."""
+    return "".join(each if each.isprintable() or each == "\n"
+                   else each.encode("unicode_escape").decode() for each in text)
+
+
+def cell(value: object) -> str:
+    """A value that no spreadsheet takes for a formula."""
+    text = printable(str(value))
+    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
+
+
+def now() -> str:
+    return datetime.datetime.now().isoformat(sep=" ", timespec="milliseconds")
+
+
+def size(count: float) -> str:
+    """Bytes, for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "bytes" and count < 10 else f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+# ---- options -------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Options whose errors are one line, like all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Stop(f"{message}: see --help", WRONG_CALL)
+
+
+def read_options(argv: List[str]) -> Settings:
+    """The command line as Settings. Raises Stop(2) if it is wrong."""
+    parser = Parser(
+        prog="dicomUpload.py", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="dicomUpload.py [options] URL USER PASS PROJECT ROOTDIR",
+        description="Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,\n"
+        "verified, never by halves. Run it again after any trouble: it sends the rest.",
+        epilog="""examples:
+  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --dry-run
+  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --only 007/pre
+  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir \\
+      --config Exclusions.json --workdir /scratch/upload
+
+exit status:
+  0         all is there (or left out on purpose)
+  1         some series or sessions failed
+  2         wrong options, ROOTDIR or config, nothing sent
+  3         could not start or had to stop (no zip, no curl, server unreachable,
+            login refused, no right to the project, workdir in use or full)
+  130, 143  stopped by a signal""")
+    add = parser.add_argument
+    add("url", metavar="URL", type=check_url, help="XNAT's address, https://xnat.example.org")
+    add("user", metavar="USER", type=check_text, help="login, or the alias of an alias token")
+    add("password", metavar="PASS", type=check_text,
+        help="password or secret; - takes XNAT_PASS, then ~/.netrc, or asks")
+    add("project", metavar="PROJECT", type=check_text, help="ID of the project")
+    add("rootdir", metavar="ROOTDIR", type=check_rootdir, help="the folder that holds the subjects")
+    add = parser.add_argument_group("what to send").add_argument
+    add("--config", metavar="FILE", type=read_config, default=(),
+        help='JSON, {"Exclude": ["AAHEAD"]}: leave out series whose folder name contains one of '
+        "these, in any case")
+    add("--only", metavar="PATTERN", action="append", type=check_only, default=[],
+        help="glob on subject or subject/session: send only these (repeatable)")
+    add("-n", "--dry-run", action="store_true", help="show what would be sent, contact nobody")
+    add("--again", action="store_true", help="forget what was sent of the sessions chosen")
+    add = parser.add_argument_group("on the server").add_argument
+    add("--no-commit", action="store_true",
+        help="leave sessions to XNAT's own timers, which may archive one by halves")
+    add("--overwrite-files", action="store_true",
+        help="on commit, replace instances that the archive already holds")
+    add = parser.add_argument_group("how to send").add_argument
+    add("--workdir", metavar="DIR", default="./work", help="zips, ledger, log, report (%(default)s)")
+    add("--procs", metavar="N", type=at_least(1), default=4, help="uploads side by side (%(default)s)")
+    add("--max-files", metavar="N", type=at_least(1), default=500, help="files per zip (%(default)s)")
+    add("--compression", metavar="0-9", type=int, choices=range(10), default=1,
+        help="zip's level (%(default)s)")
+    add("--retries", metavar="N", type=at_least(0), default=5,
+        help="tries after the first (%(default)s)")
+    add("--timeout", metavar="SECONDS", type=at_least(1), default=900,
+        help="seconds without a byte before a transfer counts as dead (%(default)s)")
+    add("--limit-rate", metavar="RATE", type=check_rate, default=0,
+        help="bytes per second for all uploads together, such as 5M (none)")
+    add("--cacert", metavar="FILE", type=check_cacert, help="CA to trust (the system's)")
+    add("--insecure", action="store_true", help="do not check the server's certificate")
+    add("--logname", metavar="NAME", type=check_logname, default="dicomUpload",
+        help="base of the log's and report's names (%(default)s)")
+    parser.add_argument("--version", action="version", version=f"dicomUpload {VERSION}")
+    given = parser.parse_args(argv)
+    inside = os.path.join(os.path.realpath(given.rootdir), "")
+    if os.path.join(os.path.realpath(given.workdir), "").startswith(inside):
+        parser.error(f"--workdir {given.workdir}: lies inside ROOTDIR: choose one outside")
+    command = ["python3", sys.argv[0], *("-" if each == given.password else each for each in argv)]
+    return Settings(**vars(given), command=shlex.join(command))
+
+
+def check_url(text: str) -> str:
+    """The URL without a slash at its end."""
+    rest = re.sub(r"^(https?:)?/*", "", text)
+    scheme = "http" if text.startswith("http:") else "https"
+    if re.search(r"[\s\x00-\x1f\x7f?#]", text) or not rest:
+        raise argparse.ArgumentTypeError("is no address: give it like https://xnat.example.org")
+    if "@" in rest.split("/")[0]:
+        host = rest.split("@", 1)[1]
+        raise argparse.ArgumentTypeError(f"holds a login: give {scheme}://{host}, then USER and PASS")
+    if not re.match(r"https?://[^/]", text):
+        raise argparse.ArgumentTypeError(f"{text} is mistyped: do you mean {scheme}://{rest}")
+    return text.rstrip("/")
+
+
+def check_text(text: str) -> str:
+    """`text` if there is some, and no control characters: curl's config cannot carry them."""
+    if not text or re.search(r"[\x00-\x1f\x7f]", text):
+        raise argparse.ArgumentTypeError("is empty or holds a control character: give it again")
+    return text
+
+
+def check_rootdir(path: str) -> str:
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
+        raise argparse.ArgumentTypeError(f"{path} {what}: give the folder that holds the subjects")
+    try:
+        os.scandir(path).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} {unreadable(error)}") from None
+    return path
+
+
+def read_config(path: str) -> Tuple[str, ...]:
+    """The exclusions in a config file."""
+    wrong = ""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            config = json.load(file)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} {unreadable(error)}") from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{path} is not UTF-8: save it as UTF-8 text") from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path} is not JSON ({error}): mend it there") from None
+    patterns = config.get("Exclude", []) if isinstance(config, dict) else None
+    unknown = [key for key in config if key != "Exclude"] if isinstance(config, dict) else []
+    if unknown:
+        wrong = f"has an unknown key, {json.dumps(unknown[0])}"
+    elif not isinstance(patterns, list):
+        wrong = f"has no list of names ({json.dumps(patterns or config)[:60]})"
+    else:
+        for pattern in patterns:
+            if not isinstance(pattern, str) or not pattern:
+                wrong = f"has {json.dumps(pattern)} where a part of a name belongs"
+    if wrong:
+        raise argparse.ArgumentTypeError(f'{path} {wrong}: write {{"Exclude": ["AAHEAD"]}}')
+    return tuple(patterns or ())
+
+
+def check_only(pattern: str) -> str:
+    if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
+        raise argparse.ArgumentTypeError(f"{pattern} is neither subject nor subject/session")
+    return pattern
+
+
+def check_cacert(path: str) -> str:
+    if not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path} is no file: give the CA's certificate, PEM")
+    return os.path.abspath(path)
+
+
+def check_logname(name: str) -> str:
+    if not name or os.sep in name:
+        raise argparse.ArgumentTypeError(f"{name} is no plain name: the folder is --workdir's")
+    return name
+
+
+def check_rate(text: str) -> int:
+    """5M, 500k or plain bytes per second."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.lower())
+    value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is no rate: give bytes per second, 500k or 5M")
+    return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+        return int(text)
+
+    return number
+
+
+def find_password(settings: Settings) -> Settings:
+    """`settings` with the password that PASS - stands for. Raises Stop(2) if there is none."""
+    if settings.password != "-":
+        return settings
+    password = os.environ.get("XNAT_PASS", "")
+    if not password:
+        try:
+            entry = netrc.netrc().authenticators(urlsplit(settings.url).hostname or "")
+            if entry and entry[0] == settings.user:
+                password = entry[2] or ""
+        except FileNotFoundError:
+            pass
+        except (OSError, netrc.NetrcParseError) as error:
+            raise Stop(f"~/.netrc: cannot be used ({error}): mend it, or set XNAT_PASS",
+                       WRONG_CALL) from None
+    if not password and sys.stdin.isatty():
+        password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
+    if not password or re.search(r"[\x00-\x1f\x7f]", password):
+        raise Stop("PASS -: no password was found that could be sent: set XNAT_PASS, or write it into "
+                   "~/.netrc", WRONG_CALL)
+    return replace(settings, password=password)
+
+
+def check_tools(programs: Programs, teller: Teller) -> None:
+    """Raises Stop(3) unless zip, and a curl that is new enough, are there."""
+    for tool, question in (("zip", "-v"), ("curl", "--version")):
+        if not shutil.which(tool):
+            raise Stop(f"{tool}: is not installed: apt-get install {tool} (Debian, Ubuntu), dnf install "
+                       f"{tool} (RHEL, Fedora) or brew install {tool} (macOS)")
+        text = programs.run([tool, question]).out.decode("utf-8", "replace")
+        version = re.search(r"(?:Zip|curl) (\d+)\.(\d+)", text)
+        teller.log(version[0] if version else f"{tool} of unknown version")
+        if tool == "curl" and version and (int(version[1]), int(version[2])) < (7, 61):
+            raise Stop(f"curl {version[1]}.{version[2]}: is too old: install 7.61 or newer")
+
+
+# ---- main ----------------------------------------------------------------------------------
+
+
+def upload(settings: Settings, teller: Teller) -> int:
+    """One run from plan to summary; the exit status."""
+    if settings.dry_run:
+        plan = make_plan(settings, teller.log)
+        teller.plan(plan, [part for pair in plan.pairs() if not pair[1].problem
+                           for part in Memory().parts_left(*pair, settings.max_files)])
+        teller.dry_run(plan, settings)
+        return SOME_FAILED if any(series.problem for _, series in plan.pairs()) else ALL_THERE
+    settings = find_password(settings)
+    workdir = Workdir(settings.workdir)
+    programs = Programs()
+    try:
+        teller.open_files(settings)
+        check_tools(programs, teller)
+        plan = make_plan(settings, teller.log)
+        xnat = Xnat(settings, programs, teller)
+        xnat.meet()
+        teller.line(f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
+                    f"{settings.user}")
+        return send_all(plan, xnat, workdir)
+    finally:
+        programs.stop()
+        programs.close()
+        workdir.close()
+
+
+def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
+    """Send what is planned and not there yet, tell how it went; the exit status."""
+    settings, teller = xnat.settings, xnat.teller
+    ledger = Ledger(os.path.join(workdir.path, "dicomUpload.ledger"), settings.url, xnat.project)
+    for session in plan.sessions if settings.again else ():
+        ledger.add(session, "forget")
+    teller.plan(plan, [part for session, series in plan.pairs() if not series.problem
+                       for part in ledger.of(session).parts_left(session, series, settings.max_files)])
+    run = Run(plan, xnat, workdir, ledger)
+    status = ALL_THERE
+    try:
+        run.go()
+        xnat.close()
+    except Stop as stop:
+        teller.say(str(stop))
+        status = stop.status
+    ledger.close()
+    run.tell_rest()
+    teller.summary(run)
+    return status or (SOME_FAILED if teller.failures else ALL_THERE)
+
+
+def stop_on_signals() -> None:
+    """A first signal ends the run in order, a second one at once."""
+    signals = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(each) != signal.SIG_IGN]  # nohup ignores HUP, and is right
+
+    def stop(number: int, _: object) -> None:
+        for each in signals:
+            signal.signal(each, lambda again, _: os._exit(128 + again))
+        raise Stop(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    for each in signals:
+        signal.signal(each, stop)
+
+
+def main() -> int:
+    """Run the program; the exit status."""
+    teller = Teller()
+    try:
+        stop_on_signals()
+        return upload(read_options(sys.argv[1:]), teller)
+    except Stop as stop:
+        teller.say(str(stop))
+        return stop.status
+    except OSError as error:
+        teller.say(f"{error.filename or 'the system'}: {error.strerror}: mend it, then run again")
+        return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What the end-to-end tests share: a sealed place to run the real command in, and its results."""
+
+import contextlib
+import csv
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+from tests.xnat_standin import Standin
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "dicomUpload.py"
+EXCLUSIONS = ROOT / "Exclusions.json"
+
+
+class Ran(NamedTuple):
+    """A run that has ended: exit status (negative for a signal), standard output, error output."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+def sealed_environment(home: Path, **more: str) -> Dict[str, str]:
+    """An environment of our own: nothing from outside but the way to the programs."""
+    environment = {
+        "HOME": str(home),
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LANG": "C.UTF-8",
+        "TMPDIR": tempfile.gettempdir(),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TERM": "dumb",
+    }
+    if "PYENV_VERSION" in os.environ:
+        environment["PYENV_VERSION"] = os.environ["PYENV_VERSION"]
+    environment.update(more)
+    return environment
+
+
+def drop_root_rights() -> None:
+    """In a child, before exec: let root be held by permission bits like anybody else."""
+    if os.geteuid() == 0 and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def need(test: unittest.TestCase, tool: str) -> str:
+    """The path of a program. Skips the test without it, or fails where everything must run."""
+    found = shutil.which(tool)
+    if not found:
+        missing(test, f"{tool} is not installed")
+    return str(found)
+
+
+def missing(test: unittest.TestCase, reason: str) -> None:
+    """Skip, or fail where DICOMUPLOAD_TEST_ALL=1 says that nothing may be skipped."""
+    if os.environ.get("DICOMUPLOAD_TEST_ALL") == "1":
+        test.fail(f"{reason}, and DICOMUPLOAD_TEST_ALL=1")
+    test.skipTest(reason)
+
+
+class UploadTest(unittest.TestCase):
+    """A test with a folder of its own, and the real command run in it."""
+
+    longMessage = True
+    maxDiff = None
+
+    def setUp(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="dicomUpload-test-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.home = self.folder / "home"
+        self.home.mkdir()
+        self.root = self.folder / "dicomdir"
+        self.work = self.folder / "work"
+
+    @contextlib.contextmanager
+    def xnat(self, **knobs: Any) -> Iterator[Standin]:
+        """A stand-in XNAT; at its end nothing may have been abused."""
+        with Standin(**knobs) as server:
+            yield server
+            self.assertEqual(server.abuses, [])
+
+    def arguments(self, url: str, *options: str, user: str = "alice", password: str = "s3cret",
+                  project: str = "BRAIN", root: Optional[Path] = None) -> List[str]:
+        """The command line of a run against `url`, with quick retries."""
+        return [sys.executable, str(SCRIPT), url, user, password, project,
+                str(root or self.root), "--workdir", str(self.work), *options]
+
+    def start(self, arguments: List[str], environment: Optional[Dict[str, str]] = None,
+              **more: Any) -> "subprocess.Popen[str]":
+        """Start the command and let it run; the test ends it."""
+        given: Dict[str, Any] = dict(
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=str(self.folder), env=sealed_environment(self.home, **(environment or {})),
+            universal_newlines=True, errors="surrogateescape")
+        given.update(more)
+        process = subprocess.Popen(arguments, **given)
+
+        def end() -> None:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.communicate()
+
+        self.addCleanup(end)
+        return process
+
+    def run_command(self, arguments: List[str], environment: Optional[Dict[str, str]] = None,
+                    timeout: float = 60, **more: Any) -> Ran:
+        """Run the command to its end. No run may ever print a traceback."""
+        process = self.start(arguments, environment, **more)
+        out, err = process.communicate(timeout=timeout)
+        ran = Ran(process.returncode, out or "", err or "")
+        self.assertNotIn("Traceback", ran.text)
+        return ran
+
+    def upload(self, server: Standin, *options: str, environment: Optional[Dict[str, str]] = None,
+               timeout: float = 60, preexec: Any = None, **call: Any) -> Ran:
+        """Run an upload against the stand-in. `call` is for `arguments`."""
+        return self.run_command(self.arguments(server.url, *options, **call), environment,
+                                timeout, preexec_fn=preexec)
+
+    def report(self) -> List[Dict[str, str]]:
+        """The rows of the newest report."""
+        newest = max(self.work.glob("*.csv"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        with newest.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def log(self) -> str:
+        """All logs in the workdir."""
+        return "".join(path.read_text(encoding="utf-8") for path in sorted(self.work.glob("*.log")))
+
+    def zips(self) -> List[Path]:
+        """Zips and zip's temporary files that were left in the workdir."""
+        return [path for path in self.work.rglob("*")
+                if path.suffix == ".zip" or path.name.startswith("zi")]
