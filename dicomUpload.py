@@ -62,7 +62,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, TextIO, Tuple
@@ -270,8 +270,10 @@ def subfolders(folder: str, strays: List[str]) -> List[str]:
 
 def leads_back(entry: os.DirEntry[str]) -> bool:
     """Whether a folder is a link to a folder above itself, which would never end."""
+    if not entry.is_symlink():
+        return False
     here = os.path.join(os.path.realpath(os.path.dirname(entry.path)), "")
-    return entry.is_symlink() and here.startswith(os.path.join(os.path.realpath(entry.path), ""))
+    return here.startswith(os.path.join(os.path.realpath(entry.path), ""))
 
 
 def clean_label(text: str) -> str:
@@ -565,8 +567,9 @@ class Workdir:
                 os.unlink(leftover)
 
     def close(self) -> None:
-        self.empty()
-        os.rmdir(self.zips)
+        with suppress(OSError):  # a share that has gone away takes nothing from the result
+            self.empty()
+            os.rmdir(self.zips)
         self._lock.close()
 
     @contextmanager
@@ -724,7 +727,7 @@ class Xnat:
             secrets += f'cookie = "JSESSIONID={self._cookie}"\n'
         number = next(self._numbers)
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + [url])}")
-        answer = read_answer(self.programs.run(command + [url], secrets.encode(), folder))
+        answer = read_answer(self.programs.run(command + [url], os.fsencode(secrets), folder))
         self._cookie = answer.cookie or self._cookie
         body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # that is a secret
         self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP {answer.status} {body}")
@@ -783,7 +786,7 @@ class Xnat:
         found = self.get(path, query)
         try:
             return None if found is None else [
-                {str(key).lower(): str(value) for key, value in row.items()}
+                {str(key).lower(): str("" if value is None else value) for key, value in row.items()}
                 for row in found["ResultSet"]["Result"]]
         except (KeyError, TypeError, AttributeError):
             raise Trouble(f"{path} is no listing: is this XNAT's own address?") from None
@@ -806,11 +809,12 @@ class Xnat:
             self.teller.log("no version: the series of a session will go one by one")
         try:
             self.project = self._find_project()
+        except Trouble as trouble:
+            raise Stop(f"project {self.settings.project}: {trouble}") from None
+        with suppress(Trouble):  # without it only counts of merged sessions are less sure
             for row in self.rows(f"/data/prearchive/projects/{quote(self.project, safe='')}") or []:
                 address = "/data" + row.get("url", "")
                 self.old_rows.setdefault(address.rpartition("/")[2], []).append(address)
-        except Trouble as trouble:
-            raise Stop(f"project {self.settings.project}: {trouble}") from None
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
@@ -843,8 +847,8 @@ class Xnat:
         user, target = self.settings.user, answer.location
         if answer.code:
             why = curl_trouble(answer)
-        elif answer.status == 401:
-            why = (f"login refused for {user} (HTTP 401): check USER and PASS (20 wrong ones lock "
+        elif answer.status == 401 or "Login" in target:
+            why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS (20 wrong ones lock "
                    "the account for an hour; too many open sessions look the same)")
         elif "UpdateUser" in target:
             why = f"the password of {user} has expired: set a new one in the browser"
@@ -976,6 +980,7 @@ class Xnat:
                 lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
                 if status not in ("RECEIVING", "READY") or not lost or tries > self.settings.retries:
                     break
+                verdict = replace(verdict, message=said(answer))
                 self.wait_to_heal(f"commit of {session.label}", verdict, tries)
             if lost:  # XNAT keeps the reason
                 answer = self.ask("GET", address + "/logs/last")
@@ -1068,8 +1073,11 @@ def said(answer: Answer) -> str:
     """The server's own sentence: Restlet puts it in <h3>, others in <title> or in plain text."""
     if answer.code:
         return curl_trouble(answer)
-    found = re.search(r"<(h3|title)>(.*?)</\1>", answer.body, re.DOTALL | re.IGNORECASE)
-    text = html.unescape(re.sub(r"<[^>]*>", " ", found[2] if found else answer.body))
+    for pattern in (r"<h3>(.*?)</h3>", r"<title>(.*?)</title>", r"(.*)"):
+        found = re.search(pattern, answer.body, re.DOTALL | re.IGNORECASE)
+        if found:
+            break
+    text = html.unescape(re.sub(r"<[^>]*>", " ", found[1] if found else ""))
     return ", ".join(filter(None, (f"HTTP {answer.status}", " ".join(text.split())[:300])))
 
 
@@ -1577,7 +1585,8 @@ class Teller:
     def report(self, session: Session, tally: Tally) -> None:
         """One row in the report."""
         subject, _, name = session.path.partition("/")
-        row = (subject, name, tally.series.name, session.label, tally.status, tally.files,
+        files = tally.series.files if tally.status == "already there" else tally.files
+        row = (subject, name, tally.series.name, session.label, tally.status, files,
                tally.series.not_dicom, tally.zipped, f"{tally.seconds:.1f}", tally.tries,
                tally.status_code or "", tally.address, tally.message)
         if self._report:
@@ -1679,7 +1688,7 @@ class Parser(argparse.ArgumentParser):
 def read_options(argv: List[str]) -> Settings:
     """The command line as Settings. Raises Stop(2) if it is wrong."""
     parser = Parser(
-        prog="dicomUpload.py", allow_abbrev=False,
+        prog="dicomUpload.py", allow_abbrev=False, add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="dicomUpload.py [options] URL USER PASS PROJECT ROOTDIR",
         description="Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,\n"
@@ -1697,7 +1706,7 @@ exit status:
   3         could not start or had to stop (no zip, no curl, server unreachable,
             login refused, no right to the project, workdir in use or full)
   130, 143  stopped by a signal""")
-    add = parser.add_argument
+    add = parser.add_argument_group("what goes where").add_argument
     add("url", metavar="URL", type=check_url, help="XNAT's address, https://xnat.example.org")
     add("user", metavar="USER", type=check_text, help="login, or the alias of an alias token")
     add("password", metavar="PASS", type=check_text,
@@ -1733,7 +1742,9 @@ exit status:
     add("--insecure", action="store_true", help="do not check the server's certificate")
     add("--logname", metavar="NAME", type=check_logname, default="dicomUpload",
         help="base of the log's and report's names (%(default)s)")
-    parser.add_argument("--version", action="version", version=f"dicomUpload {VERSION}")
+    add = parser.add_argument_group("about").add_argument
+    add("-h", "--help", action="help", help="show this and exit")
+    add("--version", action="version", version=f"dicomUpload {VERSION}", help="show it and exit")
     given = parser.parse_args(argv)
     inside = os.path.join(os.path.realpath(given.rootdir), "")
     if os.path.join(os.path.realpath(given.workdir), "").startswith(inside):
@@ -1746,7 +1757,7 @@ def check_url(text: str) -> str:
     """The URL without a slash at its end."""
     rest = re.sub(r"^(https?:)?/*", "", text)
     scheme = "http" if text.startswith("http:") else "https"
-    if re.search(r"[\s\x00-\x1f\x7f?#]", text) or not rest:
+    if re.search(r"[\s\x00-\x1f\x7f?#]", text) or not rest or not is_utf8(text):
         raise argparse.ArgumentTypeError("is no address: give it like https://xnat.example.org")
     if "@" in rest.split("/")[0]:
         host = rest.split("@", 1)[1]
@@ -1757,9 +1768,9 @@ def check_url(text: str) -> str:
 
 
 def check_text(text: str) -> str:
-    """`text` if there is some, and no control characters: curl's config cannot carry them."""
-    if not text or re.search(r"[\x00-\x1f\x7f]", text):
-        raise argparse.ArgumentTypeError("is empty or holds a control character: give it again")
+    """`text` if there is some, and nothing in it that curl's config cannot carry."""
+    if not text or re.search(r"[\x00-\x1f\x7f]", text) or not is_utf8(text):
+        raise argparse.ArgumentTypeError("is empty, or holds a character that is no text")
     return text
 
 

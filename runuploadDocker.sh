@@ -70,7 +70,10 @@ pass=${XNAT_PASS:-} terminal=
 if [ -z "$pass" ] && [ -f "${HOME:-}/.netrc" ]; then
   bind "$HOME/.netrc" /home/.netrc ,readonly
 elif [ -z "$pass$terminal" ]; then
-  { read -rsp "Password of $USER_NAME at $URL: " pass 2>/dev/tty; echo >/dev/tty; } 2>/dev/null </dev/tty
+  {
+    IFS= read -rsp "Password of $USER_NAME at $URL: " pass 2>/dev/tty
+    echo >/dev/tty
+  } 2>/dev/null </dev/tty  # if there is one
 fi
 if [ -n "$pass" ]; then  # takes standard input, so there can be no terminal
   # shellcheck disable=SC2016  # these are for the container's shell

@@ -26,7 +26,7 @@ PROGRAM = TOP / "dicomUpload.py"
 UPLOAD = TOP / "runupload.sh"
 DOCKER = TOP / "runuploadDocker.sh"
 IMAGE = "aacazxnat/dicomupload:0.1"
-SECRET = "p\"a's \\s $(x) `y` ü"
+SECRET = "  p\"a's \\s $(x) `y` ü"
 ODD = "a b\"c'd`e$(f);g,h:i=j*k[l]\\m\nn\u00fc"  # a folder may well be named so
 SETTINGS = {
     "URL": "https://xnat.example.org/a b?c&d",

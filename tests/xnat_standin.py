@@ -420,7 +420,10 @@ class Body:
             raise Vanish(reset=True)
         if not self._left and not self._next_chunk():
             return b""
-        data = self._handler.rfile.read1(min(self._left, self._piece))  # type: ignore[attr-defined]
+        wanted = min(self._left, self._piece)
+        if self.cut_after is not None:
+            wanted = min(wanted, self.cut_after - self.count)
+        data = self._handler.rfile.read1(wanted)  # type: ignore[attr-defined]
         if not data:
             raise ClientGone("%d bytes missing" % self._left)
         self.count += len(data)
@@ -433,7 +436,7 @@ class Body:
     def _next_chunk(self) -> bool:
         """Read a chunk's size; the chunk of size 0 is the end."""
         size = self._handler.rfile.readline(1024).split(b";")[0].strip()
-        if not size:
+        if not re.fullmatch(b"[0-9A-Fa-f]+", size):
             raise ClientGone("no chunk")
         self._left = int(size, 16)
         if not self._left:
@@ -512,9 +515,11 @@ class Stream:
 
 
 class Multipart:
-    """A form, as commons-fileupload parses it: all of it first, files into temporary files."""
+    """A form, as commons-fileupload parses it: all of it first, files into temporary files, which
+    whoever gave the list `opened` has to close."""
 
-    def __init__(self, some: Callable[[], bytes], boundary: str) -> None:
+    def __init__(self, some: Callable[[], bytes], boundary: str, opened: List[IO[bytes]]) -> None:
+        self._opened = opened
         self._stream = Stream(some)
         self._stream.push(b"\r\n")
         self.fields: Dict[str, str] = {}
@@ -533,6 +538,7 @@ class Multipart:
         words = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', b"".join(head).decode("utf-8")))
         if "filename" in words:
             file = tempfile.TemporaryFile(prefix="xnat_standin")
+            self._opened.append(file)
             self._until(mark, file.write)
             file.seek(0)
             self.files.append((words["filename"], file))
@@ -942,6 +948,7 @@ class Store:
             if row.status.startswith("_"):
                 raise XnatError(409, "session document locked")
             row.status = "_BUILDING"
+            self.changed.notify_all()
         self.pause(self.knobs.build_delay)
         self.build(row)
         with self.changed:
@@ -949,6 +956,7 @@ class Store:
                 row.status = "READY"
                 return row
             row.status = "_ARCHIVING"
+            self.changed.notify_all()
         if idle or self.knobs.archive_seconds <= self.knobs.archive_timeout:
             return self._archive_slowly(row, overwrite)
         threading.Thread(target=self._archive_unheard, args=(row, overwrite), daemon=True).start()
@@ -1101,6 +1109,7 @@ class Import:
         self.params: Dict[str, str] = {}
         self.stream = Stream(exchange.body.some)
         self.file: Optional[IO[bytes]] = None    # the spooled file of a form
+        self.opened: List[IO[bytes]] = []        # to be closed at the end
         self.rows: Dict[str, Row] = {}           # uri -> row, in the order first seen
         self.count = 0                           # entries so far
 
@@ -1115,8 +1124,8 @@ class Import:
             raise
         finally:
             self.xnat.leave(self.exchange)
-            if self.file:
-                self.file.close()
+            for file in self.opened:
+                file.close()
         lines = ["/data%s\r\n" % uri for uri in uris]
         text = "".join(lines)
         if len(lines) == 1 and self.params.get("format") == "txt":
@@ -1147,10 +1156,9 @@ class Import:
     def _receive_form(self, kind: str) -> None:
         """The one file of a form."""
         boundary = re.search(r'boundary="?([^";]+)', kind)
-        form = Multipart(self.exchange.body.some, boundary.group(1) if boundary else "")
+        form = Multipart(self.exchange.body.some, boundary.group(1) if boundary else "",
+                         self.opened)
         self.exchange.params = {**form.fields, **self.exchange.params}  # the query wins
-        for _, file in form.files[1:]:
-            file.close()
         if form.files:
             self.exchange.file_name, self.file = form.files[0]
             self.stream = Stream(lambda: form.files[0][1].read(PIECE))
@@ -1256,6 +1264,7 @@ class Import:
     def _drained(self) -> List[str]:
         """For benchmarks: the bytes are taken, the first file stands for all others."""
         spooled = self.file or Spool(self.stream.some).file
+        self.opened.append(spooled)
         try:
             with zipfile.ZipFile(spooled) as archive:
                 names = [info.filename for info in archive.infolist() if not info.is_dir()]
@@ -1405,6 +1414,7 @@ class Import:
             if row.uri not in self.rows:
                 self.rows[row.uri] = row
                 self.xnat.enter(self.exchange, row)
+                self.xnat.changed.notify_all()
             return row
 
     def _write(self, row: Row, file: Stored) -> None:
@@ -1417,6 +1427,7 @@ class Import:
             if lock in self.xnat.store.file_locks:
                 raise XnatError(400, CONCURRENT)
             self.xnat.store.file_locks.add(lock)
+            self.xnat.changed.notify_all()
         try:
             self.xnat.pause(self.xnat.knobs.write_delay)
             self._keep(row, file)
@@ -1438,6 +1449,7 @@ class Import:
         with self.xnat.changed:
             row.files[file.scan, file.name] = file
             row.lastmod = time.monotonic()
+            self.xnat.changed.notify_all()
 
 
 # ---- The routes ------------------------------------------------------------------------------
@@ -2056,13 +2068,14 @@ INSTEAD: Dict[str, Callable[[Fault], Answer]] = {
 
 def go_on_alone(xnat: "Standin", exchange: Exchange, fault: Fault) -> Answer:
     """The proxy gives up while XNAT works on."""
-    exchange.body = Spool(exchange.body.some)
+    exchange.body = spool = Spool(exchange.body.some)
     exchange.background = True
 
     def work() -> None:
         try:
             site_answer(xnat, exchange)
         finally:
+            spool.file.close()
             xnat.journal_update(exchange)
 
     threading.Thread(target=work, daemon=True).start()
@@ -2126,14 +2139,15 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(body, administer(xnat, exchange), exchange)
         try:
             answer = self._answer(exchange)
-            xnat.journal_end(exchange, answer.status)
-            return self._send(body, answer, exchange)
         except Vanish as end:
             xnat.journal_end(exchange, None)
-            self._vanish(end)
+            return self._vanish(end)
         except OSError:  # the client went away
             xnat.journal_end(exchange, None)
             self.close_connection = True
+            return None
+        xnat.journal_end(exchange, answer.status)
+        return self._send(body, answer, exchange)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = serve
 

@@ -1,0 +1,95 @@
+"""What the README says is what the program does."""
+
+import re
+import sys
+from pathlib import Path
+
+from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest
+from tests.dicom import README_TREE, readme_tree
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks() -> list:
+    """The fenced blocks of the README."""
+    return re.findall(r"^```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def drawn_paths(drawing: str) -> list:
+    """The lowest folders of a tree drawn with box characters."""
+    above: dict = {}
+    paths = []
+    for line in drawing.splitlines()[1:]:
+        found = re.match(r"([│├└─\s]*)(\S.*)$", line)
+        depth = len(found[1]) // 4
+        above[depth] = found[2]
+        if depth == 3:
+            paths.append("/".join(above[level] for level in (1, 2, 3)))
+    return paths
+
+
+class Readme(UploadTest):
+    def test_the_help_in_the_readme_is_the_help_of_the_program(self) -> None:
+        ran = self.run_command([sys.executable, str(SCRIPT), "--help"], {"COLUMNS": "80"})
+        self.assertEqual(ran.status, 0)
+        self.assertIn(f"```\n{ran.out.rstrip()}\n```", README)
+
+    def test_help_fits_into_80_columns(self) -> None:
+        ran = self.run_command([sys.executable, str(SCRIPT), "--help"], {"COLUMNS": "80"})
+        self.assertEqual([line for line in ran.out.splitlines() if len(line) > 80], [])
+
+    def test_the_tree_in_the_readme_is_the_tree_of_the_demo(self) -> None:
+        drawing = next(block for block in blocks() if block.startswith("dicomdir\n"))
+        self.assertEqual(sorted(drawn_paths(drawing)), sorted(README_TREE))
+
+    def test_the_demo_shows_the_tree_in_the_server(self) -> None:
+        self.assertIn("python3 -m tests.demo\n", blocks())
+        ran = self.run_command([sys.executable, "-m", "tests.demo"], cwd=str(ROOT))
+        self.assertEqual(ran.status, 0, ran.text)
+        for label in ("007_post", "007_pre", "008_post", "008_pre"):
+            self.assertRegex(ran.out, rf"(?m)^{label} .*archived, \d+ files verified$")
+        server = ran.out.partition("holds now:")[2]
+        self.assertIn("T1-MPRAGE_0011", server)
+        self.assertNotIn("JJWANGS", server)
+        self.assertNotIn("AAHEAD", server)
+
+    def test_the_call_of_the_original_works_word_for_word(self) -> None:
+        call = next(block for block in blocks() if block.startswith("python dicomUpload.py $URL"))
+        self.assertEqual(call, "python dicomUpload.py $URL $USER $PASS $PROJECT $ROOTDIR "
+                               "--config $CONFIG\n")
+        readme_tree(self.root, files=2)
+        tools = self.folder / "bin"
+        tools.mkdir()
+        (tools / "python").symlink_to(sys.executable)
+        for name in (SCRIPT, EXCLUSIONS):
+            (self.folder / name.name).symlink_to(name)
+        with self.xnat() as server:
+            ran = self.run_command(["bash", "-c", f"export PATH={tools}:$PATH\n{call}"], {
+                "URL": server.url, "USER": "alice", "PASS": "s3cret", "PROJECT": "BRAIN",
+                "ROOTDIR": "dicomdir", "CONFIG": "Exclusions.json"})
+            self.assertEqual(ran.status, 0, ran.text)
+            self.assertEqual(len(server.stored("007_pre")), 4)
+            self.assertEqual(len(server.stored("007_post")), 2)
+
+    def test_every_exit_status_stands_in_docstring_help_and_readme(self) -> None:
+        docstring = SCRIPT.read_text(encoding="utf-8").split('"""')[1]
+        ran = self.run_command([sys.executable, str(SCRIPT), "--help"])
+        for place in (docstring, ran.out, README):
+            words = " ".join(place.replace("|", " ").split())
+            for meaning in ("0 all is there (or left out on purpose)",
+                            "1 some series or sessions failed",
+                            "2 wrong options, ROOTDIR or config, nothing sent",
+                            "3 could not start or had to stop (no zip, no curl, server unreachable,"
+                            " login refused, no right to the project, workdir in use or full)",
+                            "130, 143 stopped by a signal"):
+                self.assertIn(meaning, words)
+
+    def test_the_exclusions_in_the_readme_are_the_file(self) -> None:
+        self.assertIn(f"```\n{EXCLUSIONS.read_text(encoding='utf-8').strip()}\n```", README)
+
+    def test_only_what_is_on_the_card_lies_at_the_top(self) -> None:
+        card = {"dicomUpload.py", "Exclusions.json", "runupload.sh", "runuploadDocker.sh",
+                "Dockerfile", "tests", "README.md"}
+        seen = {path.name for path in Path(ROOT).iterdir() if not path.name.startswith(".")}
+        self.assertEqual(card - seen, set())
+        self.assertEqual(seen - card - {"__pycache__", "work"}, set())
