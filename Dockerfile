@@ -6,7 +6,7 @@
 FROM ubuntu:24.04
 
 LABEL org.opencontainers.image.title="dicomUpload" \
-      org.opencontainers.image.description="Uploads dicom folders of subjects and sessions to XNAT" \
+      org.opencontainers.image.description="Uploads folders of dicom series to XNAT" \
       org.opencontainers.image.version="0.1"
 
 # No versions: Ubuntu's archive keeps only the newest of each, so a pinned build soon fails.

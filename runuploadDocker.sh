@@ -40,9 +40,10 @@ mkdir -p -- "$WORKDIR" || refuse 2 "WORKDIR: cannot be made ($WORKDIR): choose a
 command -v "$ENGINE" >/dev/null ||
   refuse 3 "$ENGINE: not found: install Docker or Podman, and set ENGINE to docker or podman"
 # The label tells this image from the original one of the same name, which knows no PASS of -.
+build="$ENGINE build -t $IMAGE $(printf %q "$(dirname -- "$0")")"
 label='{{index .Config.Labels "org.opencontainers.image.title"}}'
 [ "$("$ENGINE" image inspect --format "$label" "$IMAGE")" = dicomUpload ] ||
-  refuse 3 "$IMAGE: not there or not ours: run  $ENGINE build -t $IMAGE $(printf %q "$(dirname -- "$0")")"
+  refuse 3 "$IMAGE: not there, or not built from the Dockerfile here: run  $build"
 
 # As the caller, so that the caller's rights to the files apply; with no rights beyond these.
 # label=disable: SELinux would otherwise forbid all of ROOTDIR, and relabelling is not ours to do.

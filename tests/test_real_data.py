@@ -21,7 +21,7 @@ def case001(test: UploadTest) -> Path:
 
 class RealImages(UploadTest):
     def test_all_324_real_files_arrive_with_the_same_bytes(self) -> None:
-        shutil.copytree(str(case001(self)), str(self.root / "Case001" / "MR 1"))
+        shutil.copytree(str(case001(self) / "scans"), str(self.root / "Case001" / "MR 1"))
         wanted = digests(self.root)
         self.assertEqual(len([name for name in wanted if name.endswith(".dcm")]), 324)
         with self.xnat() as server:

@@ -273,12 +273,13 @@ class HowTheBodyIsTaken(Case):
 
     def test_a_form_needs_exactly_one_file(self) -> None:
         self.start()
-        one = ("file", "x.zip", zipped(images(1)))
-        for parts, text in (
-                ([], "Unable to identify upload format."),
-                ([("a", None, b"b")], "Unable to identify upload format."),
-                ([one, one], "Importer is limited to one uploaded resource at a time."),
-                ([one, ("reference", None, b"x")], "Unable to identify upload format.")):
+        one: Tuple[str, Optional[str], bytes] = ("file", "x.zip", zipped(images(1)))
+        cases: List[Tuple[List[Tuple[str, Optional[str], bytes]], str]] = [
+            ([], "Unable to identify upload format."),
+            ([("a", None, b"b")], "Unable to identify upload format."),
+            ([one, one], "Importer is limited to one uploaded resource at a time."),
+            ([one, ("reference", None, b"x")], "Unable to identify upload format.")]
+        for parts, text in cases:
             reply = self.call("POST", IMPORT, form(parts), {
                 "Content-Type": "multipart/form-data; boundary=" + BOUNDARY})
             self.refused(reply, 400, text)
@@ -1041,6 +1042,18 @@ class WhatCanBeRead(Case):
         self.assertEqual(self.call("GET", brain + "/prearchive_code").text, "4")
         self.assertEqual(self.call("GET", "/data/prearchive").rows, [])
         self.assertEqual(self.call("GET", "/data/version").status, 404)
+        self.assertEqual(self.call("GET", brain + "/experiments?format=csv").text.split("\n")[0],
+                         "ID,project,date,xsiType,label,insert_date,URI")
+        self.assertEqual(self.call("GET", "/xapi/users/username").text, "alice")
+
+    def test_the_login_of_pypi_s_xnat_has_the_password_in_its_body(self) -> None:
+        self.start()
+        self.assertEqual(self.call("GET", "/", login=None).status, 200)
+        for password, status in ("s3cret", 200), ("wrong", 401):
+            reply = self.call("PUT", "/data/services/auth", "username=alice&password=" + password,
+                              login=None)
+            self.assertEqual(reply.status, status)
+            self.assertEqual("Set-Cookie" in reply.headers, status == 200)
 
 
 class Races(Case):

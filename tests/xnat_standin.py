@@ -16,9 +16,11 @@ faults, HTTP, the stand-in itself, the command line.
 """
 import argparse
 import contextlib
+import csv
 import hashlib
 import hmac
 import html
+import io
 import json
 import re
 import secrets
@@ -360,6 +362,16 @@ def table(rows: List[Dict[str, Any]], **meta: Any) -> Answer:
     return as_json({"ResultSet": {"Result": texts, **meta}})
 
 
+def as_csv(answer: Answer) -> Answer:
+    """A JSON table in the form that pyxnat asks for."""
+    rows = json.loads(answer.body)["ResultSet"]["Result"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["ID"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return Answer(200, text.getvalue().encode(), "text/csv")
+
+
 def escaped(value: str) -> str:
     """What XNAT does to every parameter (section 1)."""
     for char, entity in ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), \
@@ -389,7 +401,9 @@ class Line:
             return
         with self._lock:
             now = time.monotonic()
-            self._free = max(self._free, now) + count / self.rate
+            if now - self._free > 0.1:  # idle; a reader that is only a little late catches up
+                self._free = now
+            self._free += count / self.rate
             wait = self._free - now
         self._pause(wait)
 
@@ -1477,14 +1491,16 @@ def answer_of(xnat: "Standin", exchange: Exchange) -> Answer:
     for methods, pattern, function in ROUTES:
         match = pattern.fullmatch(path)
         if match and exchange.method in methods:
-            return function(xnat, exchange, *match.groups())
+            answer = function(xnat, exchange, *match.groups())
+            csv_wanted = exchange.params.get("format") == "csv" and b'"ResultSet"' in answer.body
+            return as_csv(answer) if csv_wanted else answer
         allowed = allowed and not match
     if not allowed:
         raise XnatError(405, "Method Not Allowed")
     raise XnatError(404, "Not Found")
 
 
-@route("GET POST", "/app/template/(?:Login|XDATScreen_UpdateUser|InactiveAccount).vm")
+@route("GET POST", "/(?:app/template/(?:Login|XDATScreen_UpdateUser|InactiveAccount).vm)?")
 def login_page(xnat: "Standin", exchange: Exchange) -> Answer:
     """What a client that follows redirects gets to see."""
     return Answer(200, LOGIN_PAGE.encode(), "text/html;charset=UTF-8")
@@ -1503,6 +1519,17 @@ def log_out(xnat: "Standin", exchange: Exchange) -> Answer:
     with xnat.changed:
         xnat.accounts.sessions.pop(exchange.cookie, None)
     return Answer()
+
+
+@route("PUT", "/data/services/auth")
+def log_in_by_form(xnat: "Standin", exchange: Exchange) -> Answer:
+    """The login of PyPI's xnat: user and password in the body."""
+    words = dict(parse_qsl(b"".join(iter(exchange.body.some, b"")).decode()))
+    user = xnat.accounts.by_password(words.get("username", ""), words.get("password", ""))
+    if user is None:
+        return tomcat_page(401, LOGIN_FAILED)
+    exchange.cookie, exchange.new_session = xnat.accounts.new_session(user), True
+    return Answer(200, exchange.cookie.encode())
 
 
 @route("GET", "/data/auth")
@@ -1539,6 +1566,24 @@ def build_info(xnat: "Standin", exchange: Exchange) -> Answer:
     """The version."""
     return as_json({"version": xnat.knobs.version, "buildNumber": "1", "buildDate": "today",
                     "sha": "0000000", "isDirty": "false", "timestamp": "0", "title": "stand-in"})
+
+
+@route("GET", "/xapi/schemas")
+def schemas(xnat: "Standin", exchange: Exchange) -> Answer:
+    """None: PyPI's xnat makes its classes of them."""
+    return as_json([])
+
+
+@route("GET", "/data/search/elements")
+def search_elements(xnat: "Standin", exchange: Exchange) -> Answer:
+    """None either."""
+    return table([])
+
+
+@route("GET", "/xapi/siteConfig/buildInfo/version")
+def version(xnat: "Standin", exchange: Exchange) -> Answer:
+    """The version alone."""
+    return Answer(200, xnat.knobs.version.encode())
 
 
 @route("POST", "/data/services/import")
@@ -1958,7 +2003,7 @@ def ask_for_login(exchange: Exchange) -> Answer:
 
 def site_answer(xnat: "Standin", exchange: Exchange) -> Answer:
     """What XNAT itself answers."""
-    open_to_all = exchange.path.startswith("/app/")
+    open_to_all = exchange.path in ("/", "/data/services/auth") or exchange.path.startswith("/app/")
     refusal = None if open_to_all else authenticate(xnat, exchange)
     if refusal is None:
         try:
@@ -1966,7 +2011,7 @@ def site_answer(xnat: "Standin", exchange: Exchange) -> Answer:
         except XnatError as error:
             refusal = status_page(error.status, error.text)
     if exchange.new_session:
-        expiry = "%d,%d" % (time.time() * 1000, xnat.knobs.session_timeout * 1000)
+        expiry = '"%d,%d"' % (time.time() * 1000, xnat.knobs.session_timeout * 1000)
         refusal = refusal._replace(headers=refusal.headers + (
             ("Set-Cookie", "JSESSIONID=%s; Path=/; HttpOnly" % exchange.cookie),
             ("Set-Cookie", "SESSION_EXPIRATION_TIME=%s; Path=/" % expiry)))
