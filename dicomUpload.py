@@ -109,7 +109,7 @@ class Settings:
     retries: int
     timeout: int
     limit_rate: int
-    cacert: Optional[str]
+    cacert: str
     insecure: bool
     logname: str
     command: str  # the same call, without the password
@@ -189,8 +189,6 @@ class Standing:
 
     where: str = ""  # new, open, lost, archived, prearchived; '' if that is not known
     message: str = ""  # what is wrong with it
-    before: int = 0  # files that the archive held before this round
-    held: Dict[str, int] = field(default_factory=dict)  # the same of old prearchive sessions
     files: int = 0  # counted by the server
     owed: int = 0  # what it should have counted, where it did not
     path: str = ""  # where it was counted
@@ -462,15 +460,6 @@ def folders_of_files(series: Series) -> int:
 # ---- packing -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A program that has ended; `code` is negative if a signal ended it."""
-
-    code: int
-    out: bytes
-    err: bytes
-
-
 class Programs:
     """The one place that starts programs. Nothing that it starts outlives this process."""
 
@@ -493,7 +482,7 @@ class Programs:
                                 stderr=subprocess.PIPE, cwd=folder, env=self._environment,
                                 start_new_session=True)
 
-    def run(self, command: List[str], given: bytes = b"", folder: str = "/") -> Finished:
+    def run(self, command: List[str], given: bytes = b"", folder: str = "/") -> subprocess.CompletedProcess[bytes]:
         """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble."""
         with self._lock:
             if self.stopping.is_set():
@@ -514,7 +503,7 @@ class Programs:
                 self._tell_guard()
         if self.stopping.is_set() and process.returncode < 0:
             raise Stop("stopping")
-        return Finished(process.returncode, out, err)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def _tell_guard(self) -> None:
         try:
@@ -613,10 +602,10 @@ def pack(series: Series, files: List[File], target: str, level: int, programs: P
     # refuses stored entries with a data descriptor).
     names = b"".join(b"./" + os.fsencode(name) + b"\n" for name, _, _ in files)
     done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, series.folder)
-    if done.code not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
-        text = " ".join((done.out + done.err).decode("utf-8", "replace").split())
-        room = "make room or choose another --workdir" if done.code == 14 else "run again"
-        raise Trouble(f"zip failed (exit {done.code}{', ' + text if text else ''}): {room}")
+    if done.returncode not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
+        text = " ".join((done.stdout + done.stderr).decode("utf-8", "replace").split())
+        room = "make room or choose another --workdir" if done.returncode == 14 else "run again"
+        raise Trouble(f"zip failed (exit {done.returncode}{', ' + text if text else ''}): {room}")
     check_zip(target, files)
 
 
@@ -687,7 +676,6 @@ class Xnat:
         self.teller = teller
         self.project = settings.project
         self.version = ""
-        self.old_rows: Dict[str, List[str]] = {}  # prearchive addresses of earlier days, by label
         self._cookie = ""
         self._numbers = itertools.count(1)
 
@@ -811,10 +799,6 @@ class Xnat:
             self.project = self._find_project()
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}") from None
-        with suppress(Trouble):  # without it only counts of merged sessions are less sure
-            for row in self.rows(f"/data/prearchive/projects/{quote(self.project, safe='')}") or []:
-                address = "/data" + row.get("url", "")
-                self.old_rows.setdefault(address.rpartition("/")[2], []).append(address)
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
@@ -935,26 +919,18 @@ class Xnat:
     def look(self, session: Session, memory: Memory) -> Standing:
         """How the server holds a session before this run adds to it."""
         try:
-            archived = self.count(self._archive_path(session)) or 0
+            path = self._archive_path(session)
+            archived = self.count(path) or 0
             if memory.address:
                 if self.settled(memory.address):
                     return Standing("open")
                 # Gone from the prearchive: by a commit whose answer was lost, or by hand.
-                if archived >= memory.before + memory.files:
-                    return Standing("archived", before=archived, files=archived,
-                                    path=self._archive_path(session))
-                return Standing("lost", before=archived)
+                there = archived >= memory.before + memory.files
+                return Standing("archived" if there else "lost", files=archived, path=path)
             if memory.owed:
-                counted = self.count(memory.path) or 0
-                owed = memory.owed if counted < memory.owed else 0
-                message = differs(memory.ended, counted, owed, memory.path) if owed else ""
-                return Standing(memory.ended, message, files=counted, owed=owed, path=memory.path)
-            held = {}
-            for address in self.old_rows.get(session.label, []):
-                if self.settled(address):
-                    count = self.count(address)
-                    held[address] = -1 if count is None else count
-            return Standing("new", before=archived, held=held)
+                return judge_count(memory.ended, self.count(memory.path) or 0, memory.owed,
+                                   None, memory.path)
+            return Standing("new", files=archived)
         except Trouble as trouble:
             return Standing(message=str(trouble))
 
@@ -1023,15 +999,20 @@ class Xnat:
     def _verify(self, session: Session, memory: Memory, where: str) -> Standing:
         """Compare the server's count with what was sent and what was there before."""
         path = memory.address if where == "prearchived" else self._archive_path(session)
-        counted = self.count(path) or 0
-        held = memory.held.get(memory.address, 0)  # -1: there was something, unknown how much
-        base = max(held, 0) + (memory.before if where == "archived" else 0)
+        # A session left for review takes up what is sent to it later.
+        again = memory.path == memory.address
+        base = (memory.counted if again else 0) + (memory.before if where == "archived" else 0)
         most = memory.files + base
         # Files that replace their equals do not add to the count.
-        least = max(memory.files, base) if self.settings.overwrite_files or held else most
-        if least <= counted and (counted <= most or held < 0):
-            return Standing(where, files=counted, path=path)
-        return Standing(where, differs(where, counted, most, path), files=counted, owed=most, path=path)
+        replaced = again or self.settings.overwrite_files
+        least = max(memory.files, base) if replaced else most
+        counted = self.count(path) or 0
+        doubles = copies(session) if counted < least else 0
+        if doubles and counted == least - doubles:
+            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image to "
+                            "others of the session: XNAT keeps one of each")
+            least = counted
+        return judge_count(where, counted, least, most, path)
 
 
 def quoted(text: str) -> str:
@@ -1039,9 +1020,9 @@ def quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def read_answer(done: Finished) -> Answer:
+def read_answer(done: subprocess.CompletedProcess[bytes]) -> Answer:
     """Take curl's output apart: the headers of each hop, the body, the status at the very end."""
-    out, _, tail = done.out.rpartition(b"\n")
+    out, _, tail = done.stdout.rpartition(b"\n")
     found = re.match(rb"(?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+", out)
     head = found[0].decode("latin-1") if found else ""
 
@@ -1050,11 +1031,11 @@ def read_answer(done: Finished) -> Answer:
         return match[1].strip() if match else ""
 
     # After a failed transfer curl may still say 100 or 200.
-    status = int(tail) if done.code == 0 and tail.isdigit() else 0
+    status = int(tail) if done.returncode == 0 and tail.isdigit() else 0
     wait = header(r"retry-after: *(\d{1,6})\s*$")
     return Answer(
-        done.code, status, out[len(head):].decode("utf-8", "replace"),
-        re.sub(r"^curl: \(\d+\) ", "", " ".join(done.err.decode("utf-8", "replace").split()))[:200],
+        done.returncode, status, out[len(head):].decode("utf-8", "replace"),
+        re.sub(r"^curl: \(\d+\) ", "", " ".join(done.stderr.decode("utf-8", "replace").split()))[:200],
         header(r"location:(.*)$"),
         min(600.0, float(wait or 0)),  # no server is waited for longer than ten minutes
         # A new server session where the old one had expired; not the guest's of a refusal.
@@ -1091,9 +1072,28 @@ def two_studies(kind: str, addresses: List[str]) -> str:
             "sort the folder by study, delete what is wrong in the prearchive, then run again")
 
 
-def differs(where: str, counted: int, owed: int, path: str) -> str:
-    return (f"{where}, but XNAT counts {counted} files where {owed} should be: compare {path} with the "
-            "folder (copies of one image count once; import filters drop some)")
+SOP_INSTANCE = re.compile(rb"(?:\x02\x00\x03\x00UI..|\x08\x00\x18\x00(?:UI..|.{4}))([0-9.]+)", re.DOTALL)
+
+
+def copies(session: Session) -> int:
+    """How many files XNAT will not keep beside their equals: same name, same image (xnat.md 9)."""
+    seen = set()
+    total = 0
+    for series in session.series:
+        for name, _, _ in series.listing():
+            instance = SOP_INSTANCE.search(first_bytes(os.path.join(series.folder, name)))
+            seen.add((os.path.basename(name), instance[1] if instance else name))
+            total += 1
+    return total - len(seen)
+
+
+def judge_count(where: str, counted: int, least: int, most: Optional[int], path: str) -> Standing:
+    """Whether the server counts as many files as it should."""
+    if least <= counted and (most is None or counted <= most):
+        return Standing(where, files=counted, path=path)
+    return Standing(where, f"{where}, but XNAT counts {counted} files where {least} should be: compare "
+                    f"{path} with the folder (copies of an image count once; import filters drop some)",
+                    files=counted, owed=least, path=path)
 
 
 # ---- ledger --------------------------------------------------------------------------------
@@ -1108,10 +1108,10 @@ class Memory:
     address: str = ""  # where this round's parts lie until they are committed
     files: int = 0  # how many of them
     before: int = 0  # what the archive held before this round
-    held: Dict[str, int] = field(default_factory=dict)  # and old prearchive sessions; -1 unknown
     ended: str = ""  # archived or prearchived
-    path: str = ""  # where that was counted
-    owed: int = 0  # the count that was missed there
+    path: str = ""  # where that is read
+    counted: int = 0  # what the server counted there
+    owed: int = 0  # what it should have counted, where it did not
 
     def parts_left(self, session: Session, series: Series, max_files: int) -> List[Part]:
         """The parts of a series that are not on the server yet, for these very files."""
@@ -1132,7 +1132,7 @@ class Memory:
     def take(self, event: str, line: Dict[str, Any]) -> None:
         """Take in one event of the ledger."""
         if event == "opened":
-            self.before, self.held = line["before"], line["held"]
+            self.before = line["before"]
         elif event == "sent":
             part = (line["files"], line["from"], line["to"], line["address"])
             self.sent.setdefault(line["series"], []).append(part)
@@ -1144,7 +1144,7 @@ class Memory:
             self.address, self.files = "", 0
         elif event in ("archived", "prearchived"):
             self.address, self.files, self.ended = "", 0, event
-            self.path, self.owed = line["path"], line["owed"]
+            self.path, self.counted, self.owed = line["path"], line["files"], line["owed"]
 
 
 class Ledger:
@@ -1372,7 +1372,7 @@ class Run:
             self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
             journey.tallies = journey.take_stock()
         if standing.where in ("archived", "lost", "new"):
-            self.ledger.add(session, "opened", before=standing.before, held=standing.held)
+            self.ledger.add(session, "opened", before=standing.files)
         self._tell_known(journey)
 
     def _settle(self, journey: Journey, standing: Standing) -> None:
@@ -1707,17 +1707,17 @@ exit status:
             login refused, no right to the project, workdir in use or full)
   130, 143  stopped by a signal""")
     add = parser.add_argument_group("what goes where").add_argument
-    add("url", metavar="URL", type=check_url, help="XNAT's address, https://xnat.example.org")
-    add("user", metavar="USER", type=check_text, help="login, or the alias of an alias token")
-    add("password", metavar="PASS", type=check_text,
+    add("url", metavar="URL", help="XNAT's address, https://xnat.example.org")
+    add("user", metavar="USER", help="login, or the alias of an alias token")
+    add("password", metavar="PASS",
         help="password or secret; - takes XNAT_PASS, then ~/.netrc, or asks")
-    add("project", metavar="PROJECT", type=check_text, help="ID of the project")
-    add("rootdir", metavar="ROOTDIR", type=check_rootdir, help="the folder that holds the subjects")
+    add("project", metavar="PROJECT", help="ID of the project")
+    add("rootdir", metavar="ROOTDIR", help="the folder that holds the subjects")
     add = parser.add_argument_group("what to send").add_argument
-    add("--config", metavar="FILE", type=read_config, default=(),
+    add("--config", metavar="FILE",
         help='JSON, {"Exclude": ["AAHEAD"]}: leave out series whose folder name contains one of '
         "these, in any case")
-    add("--only", metavar="PATTERN", action="append", type=check_only, default=[],
+    add("--only", metavar="PATTERN", action="append", default=[],
         help="glob on subject or subject/session: send only these (repeatable)")
     add("-n", "--dry-run", action="store_true", help="show what would be sent, contact nobody")
     add("--again", action="store_true", help="forget what was sent of the sessions chosen")
@@ -1736,101 +1736,85 @@ exit status:
         help="tries after the first (%(default)s)")
     add("--timeout", metavar="SECONDS", type=at_least(1), default=900,
         help="seconds without a byte before a transfer counts as dead (%(default)s)")
-    add("--limit-rate", metavar="RATE", type=check_rate, default=0,
+    add("--limit-rate", metavar="RATE", type=bytes_per_second, default=0,
         help="bytes per second for all uploads together, such as 5M (none)")
-    add("--cacert", metavar="FILE", type=check_cacert, help="CA to trust (the system's)")
+    add("--cacert", metavar="FILE", help="CA to trust (the system's)")
     add("--insecure", action="store_true", help="do not check the server's certificate")
-    add("--logname", metavar="NAME", type=check_logname, default="dicomUpload",
+    add("--logname", metavar="NAME", default="dicomUpload",
         help="base of the log's and report's names (%(default)s)")
     add = parser.add_argument_group("about").add_argument
     add("-h", "--help", action="help", help="show this and exit")
     add("--version", action="version", version=f"dicomUpload {VERSION}", help="show it and exit")
     given = parser.parse_args(argv)
-    inside = os.path.join(os.path.realpath(given.rootdir), "")
-    if os.path.join(os.path.realpath(given.workdir), "").startswith(inside):
-        parser.error(f"--workdir {given.workdir}: lies inside ROOTDIR: choose one outside")
+    check(given)
+    given.config = read_config(given.config) if given.config else ()
+    given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
     command = ["python3", sys.argv[0], *("-" if each == given.password else each for each in argv)]
     return Settings(**vars(given), command=shlex.join(command))
 
 
-def check_url(text: str) -> str:
-    """The URL without a slash at its end."""
-    rest = re.sub(r"^(https?:)?/*", "", text)
-    scheme = "http" if text.startswith("http:") else "https"
-    if re.search(r"[\s\x00-\x1f\x7f?#]", text) or not rest or not is_utf8(text):
-        raise argparse.ArgumentTypeError("is no address: give it like https://xnat.example.org")
+def check(given: argparse.Namespace) -> None:
+    """Raises Stop(2) for options that no upload can work with, before anything is done."""
+    rest = re.sub(r"^(https?:)?/*", "", given.url)
+    site = ("http://" if given.url.startswith("http:") else "https://") + rest.rpartition("@")[2]
+    for name in ("url", "user", "password", "project"):  # curl's config cannot carry more
+        text = getattr(given, name)
+        if not text or re.search(r"[\x00-\x1f\x7f]", text) or not is_utf8(text):
+            refuse(name.upper(), "is empty, or holds a character that is no text")
+    if re.search(r"[\s?#]", given.url) or not rest:
+        refuse(f"URL {given.url}", "is no address: give it like https://xnat.example.org")
     if "@" in rest.split("/")[0]:
-        host = rest.split("@", 1)[1]
-        raise argparse.ArgumentTypeError(f"holds a login: give {scheme}://{host}, then USER and PASS")
-    if not re.match(r"https?://[^/]", text):
-        raise argparse.ArgumentTypeError(f"{text} is mistyped: do you mean {scheme}://{rest}")
-    return text.rstrip("/")
-
-
-def check_text(text: str) -> str:
-    """`text` if there is some, and nothing in it that curl's config cannot carry."""
-    if not text or re.search(r"[\x00-\x1f\x7f]", text) or not is_utf8(text):
-        raise argparse.ArgumentTypeError("is empty, or holds a character that is no text")
-    return text
-
-
-def check_rootdir(path: str) -> str:
-    if not os.path.isdir(path):
-        what = "is a file" if os.path.exists(path) else "does not exist"
-        raise argparse.ArgumentTypeError(f"{path} {what}: give the folder that holds the subjects")
+        refuse("URL", f"holds a login: give {site}, and the login as USER and PASS")
+    if not re.match(r"https?://[^/]", given.url):
+        refuse(f"URL {given.url}", f"is mistyped: do you mean {site}")
+    for pattern in given.only:
+        if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
+            refuse(f"--only {pattern}", "is neither subject nor subject/session")
+    if given.cacert and not os.path.isfile(given.cacert):
+        refuse(f"--cacert {given.cacert}", "is no file: give the CA's certificate in PEM form")
+    if not given.logname or os.sep in given.logname:
+        refuse(f"--logname {given.logname}", "is no plain name: the folder is --workdir's")
+    if not os.path.isdir(given.rootdir):
+        what = "is a file" if os.path.exists(given.rootdir) else "does not exist"
+        refuse(f"ROOTDIR {given.rootdir}", f"{what}: give the folder that holds the subjects")
     try:
-        os.scandir(path).close()
+        os.scandir(given.rootdir).close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path} {unreadable(error)}") from None
-    return path
+        refuse(f"ROOTDIR {given.rootdir}", unreadable(error))
+    inside = os.path.join(os.path.realpath(given.rootdir), "")
+    if os.path.join(os.path.realpath(given.workdir), "").startswith(inside):
+        refuse(f"--workdir {given.workdir}", "lies inside ROOTDIR: choose one outside")
+
+
+def refuse(thing: str, what: str) -> NoReturn:
+    raise Stop(f"{thing}: {what}", WRONG_CALL)
 
 
 def read_config(path: str) -> Tuple[str, ...]:
-    """The exclusions in a config file."""
-    wrong = ""
+    """The exclusions in a config file. Raises Stop(2), naming what is wrong in it."""
+    thing, right = f"--config {path}", 'write {"Exclude": ["AAHEAD"]}'
     try:
         with open(path, encoding="utf-8-sig") as file:
             config = json.load(file)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path} {unreadable(error)}") from None
+        refuse(thing, unreadable(error))
     except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError(f"{path} is not UTF-8: save it as UTF-8 text") from None
+        refuse(thing, "is not UTF-8: save it as UTF-8 text")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{path} is not JSON ({error}): mend it there") from None
-    patterns = config.get("Exclude", []) if isinstance(config, dict) else None
-    unknown = [key for key in config if key != "Exclude"] if isinstance(config, dict) else []
-    if unknown:
-        wrong = f"has an unknown key, {json.dumps(unknown[0])}"
-    elif not isinstance(patterns, list):
-        wrong = f"has no list of names ({json.dumps(patterns or config)[:60]})"
-    else:
-        for pattern in patterns:
-            if not isinstance(pattern, str) or not pattern:
-                wrong = f"has {json.dumps(pattern)} where a part of a name belongs"
-    if wrong:
-        raise argparse.ArgumentTypeError(f'{path} {wrong}: write {{"Exclude": ["AAHEAD"]}}')
-    return tuple(patterns or ())
+        refuse(thing, f"is not JSON ({error}): mend it there")
+    if not isinstance(config, dict) or not isinstance(config.get("Exclude", []), list):
+        refuse(thing, f'has no list of names ({json.dumps(config)[:60]}): {right}')
+    for key in config:
+        if key != "Exclude":
+            refuse(thing, f"has an unknown key, {json.dumps(key)}: {right}")
+    patterns = config.get("Exclude", [])
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            refuse(thing, f"has {json.dumps(pattern)} where a part of a name belongs: {right}")
+    return tuple(patterns)
 
 
-def check_only(pattern: str) -> str:
-    if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
-        raise argparse.ArgumentTypeError(f"{pattern} is neither subject nor subject/session")
-    return pattern
-
-
-def check_cacert(path: str) -> str:
-    if not os.path.isfile(path):
-        raise argparse.ArgumentTypeError(f"{path} is no file: give the CA's certificate, PEM")
-    return os.path.abspath(path)
-
-
-def check_logname(name: str) -> str:
-    if not name or os.sep in name:
-        raise argparse.ArgumentTypeError(f"{name} is no plain name: the folder is --workdir's")
-    return name
-
-
-def check_rate(text: str) -> int:
+def bytes_per_second(text: str) -> int:
     """5M, 500k or plain bytes per second."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.lower())
     value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
@@ -1840,8 +1824,9 @@ def check_rate(text: str) -> int:
 
 
 def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number from `least` on."""
     def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
         return int(text)
 
@@ -1877,7 +1862,7 @@ def check_tools(programs: Programs, teller: Teller) -> None:
         if not shutil.which(tool):
             raise Stop(f"{tool}: is not installed: apt-get install {tool} (Debian, Ubuntu), dnf install "
                        f"{tool} (RHEL, Fedora) or brew install {tool} (macOS)")
-        text = programs.run([tool, question]).out.decode("utf-8", "replace")
+        text = programs.run([tool, question]).stdout.decode("utf-8", "replace")
         version = re.search(r"(?:Zip|curl) (\d+)\.(\d+)", text)
         teller.log(version[0] if version else f"{tool} of unknown version")
         if tool == "curl" and version and (int(version[1]), int(version[2])) < (7, 61):
