@@ -283,8 +283,8 @@ def claim(owners: Dict[Tuple[str, str], str], kind: str, label: str, folder: str
     """Note that `folder` becomes `label`. Raises Stop(2) if another folder already does."""
     other = owners.setdefault((kind, label), folder)
     if other != folder:
-        raise Stop(f"{kind} label {label}: two folders would become one ({other} and {folder}; XNAT "
-                   "keeps only letters, digits, _ and -): rename one of them", WRONG_CALL)
+        raise Stop(f"{kind} label {label}: two folders would become one ({other} and {folder}; "
+                   "XNAT keeps only letters, digits, _ and -): rename one of them", WRONG_CALL)
 
 
 def chosen(subject: str, name: str, only: List[str]) -> bool:
@@ -364,8 +364,8 @@ def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: Li
         problems.append(f"{name} is a link to nothing: mend or remove it, then run again")
         return
     info = entry.stat()
-    # Only regular files: a FIFO would wait for ever.
-    if not entry.is_file() or not info.st_size or not is_dicom(first_bytes(entry.path), info.st_size):
+    regular = entry.is_file() and info.st_size  # a FIFO would make us wait for ever
+    if not regular or not is_dicom(first_bytes(entry.path), info.st_size):
         junk.append(name)
     elif "\n" in name or "\r" in name:  # zip is given the names a line each
         problems.append(f"{name} has a line break in its name: rename it, then run again")
@@ -431,8 +431,9 @@ def check_shape(plan: Plan, settings: Settings) -> None:
     full = [series for series in wanted if series.files]
     wrong = ""
     if settings.only and not plan.sessions and plan.not_chosen:
-        raise Stop(f"--only {' '.join(settings.only)}: chooses none of the {plan.not_chosen} sessions "
-                   f"in {root}: give subject or subject/session, as the folders are called", WRONG_CALL)
+        raise Stop(f"--only {' '.join(settings.only)}: chooses none of the {plan.not_chosen} "
+                   f"sessions in {root}: give subject or subject/session, as the folders are called",
+                   WRONG_CALL)
     if not any(plan.pairs()):
         deep = [path for path in plan.strays if os.path.dirname(path) != root]
         wrong = "no series found: give the folder that holds the subjects"
@@ -441,7 +442,7 @@ def check_shape(plan: Plan, settings: Settings) -> None:
             wrong = f"one level too deep (files where series belong, {deep[0]}): try {above}"
     elif wanted and not full and not any(series.problem for series in wanted):
         junk = sum(series.not_dicom for series in wanted)
-        wrong = f"none of the {junk} files in {len(wanted)} series is DICOM: is it the right folder?"
+        wrong = f"none of the {junk} files in {len(wanted)} series is DICOM: is this the folder?"
     elif full and all(folders_of_files(series) > 1 for series in full):
         wrong = (f"one level too shallow (no series folder has a file of its own, {full[0].folder} "
                  f"has only folders of them): give a folder inside {root}")
@@ -482,7 +483,8 @@ class Programs:
                                 stderr=subprocess.PIPE, cwd=folder, env=self._environment,
                                 start_new_session=True)
 
-    def run(self, command: List[str], given: bytes = b"", folder: str = "/") -> subprocess.CompletedProcess[bytes]:
+    def run(self, command: List[str], given: bytes = b"",
+            folder: str = "/") -> subprocess.CompletedProcess[bytes]:
         """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble."""
         with self._lock:
             if self.stopping.is_set():
@@ -490,7 +492,8 @@ class Programs:
             try:
                 process = self._start(command, folder)
             except OSError as error:
-                raise Trouble(f"{command[0]} cannot be started in {folder} ({error.strerror})") from None
+                raise Trouble(f"{command[0]} cannot be started in {folder} ({error.strerror}): "
+                              "check that folder, then run again")
             self._running[process.pid] = process
             self._tell_guard()
         try:
@@ -540,12 +543,12 @@ class Workdir:
             self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Stop(f"workdir {path}: in use by another run: wait for it, or give this one its own "
-                       "--workdir") from None
+            raise Stop(f"workdir {path}: in use by another run: wait for it, or give this one its "
+                       "own --workdir")
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a share without locks will do
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another "
-                           "--workdir") from None
+                           "--workdir")
         self.empty()
 
     def empty(self) -> None:
@@ -572,8 +575,9 @@ class Workdir:
             while shutil.disk_usage(self.zips).free - self._promised < need:
                 if not self._promised:
                     free = size(shutil.disk_usage(self.zips).free)
-                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has {free}): "
-                                  "make room, choose another --workdir, or lower --max-files")
+                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
+                                  f"{free}): make room, choose another --workdir, or lower "
+                                  "--max-files")
                 self._room.wait()
             self._promised += need
         target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
@@ -593,9 +597,9 @@ def pack(series: Series, files: List[File], target: str, level: int, programs: P
         try:
             info = os.stat(os.path.join(series.folder, name))
         except OSError as error:
-            raise Trouble(f"{name} {unreadable(error)}") from None
+            raise Trouble(f"{name} {unreadable(error)}")
         if (info.st_size, info.st_mtime_ns) != (length, time_ns):
-            raise Trouble(f"{name} changed while this run was under way: run again when it is still")
+            raise Trouble(f"{name} changed during this run: run again when it is still")
     # -q quiet; -X no owners and times; -D no folder entries; -@ names from standard input, a
     # line each. `./` keeps a name that begins with - from being taken for an option. zip makes
     # the file itself (one that is there would be updated), and never writes to a pipe (Java
@@ -624,11 +628,11 @@ def check_zip(target: str, files: List[File]) -> None:
     except FileNotFoundError:
         pass  # zip found none of the files
     except (OSError, zipfile.BadZipFile) as error:
-        raise Trouble(f"zip made no readable archive ({error}): run again") from None
+        raise Trouble(f"zip made no readable archive ({error}): run again")
     wanted = Counter((os.fsencode(name), length) for name, length, _ in files)
     for name, _ in (wanted - packed) or (packed - wanted):
-        raise Trouble(f"{os.fsdecode(name)} could not be read in full, or changed while it was read: "
-                      "check it, then run again")
+        raise Trouble(f"{os.fsdecode(name)} could not be read in full, or changed while it was "
+                      "read: check it, then run again")
 
 
 # ---- sending -------------------------------------------------------------------------------
@@ -657,7 +661,7 @@ ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
 # What to do about a refusal, by XNAT's own words (xnat.md 3, 6.2).
 REMEDIES = (
     ("unable to read dicom|contains no sop", "move that file out of the folder, then run again"),
-    ("matching files|same resources", "XNAT has these files already; --overwrite-files replaces them"),
+    ("matching files|same resources", "XNAT has these files: --overwrite-files replaces them"),
     ("another subject|session subject", "the label belongs to another subject: rename the folder"),
     ("session uid|same uid", "XNAT has another study under this label: rename the folder"),
     ("http 413", "ask the admin to raise client_max_body_size, or lower --max-files"),
@@ -718,7 +722,8 @@ class Xnat:
         answer = read_answer(self.programs.run(command + [url], os.fsencode(secrets), folder))
         self._cookie = answer.cookie or self._cookie
         body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # that is a secret
-        self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP {answer.status} {body}")
+        self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP {answer.status} "
+                        f"{body}")
         return answer
 
     def ask_until(self, about: str, request: Callable[[], Answer],
@@ -767,17 +772,18 @@ class Xnat:
         try:
             return json.loads(answer.body if answer.status == 200 else "")
         except ValueError:
-            raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}") from None
+            raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}")
 
-    def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Dict[str, str]]]:
+    def rows(self, path: str, query: Optional[Dict[str, str]] = None
+             ) -> Optional[List[Dict[str, str]]]:
         """A listing with lower-case column names (xnat.md 8), None if it is not there."""
         found = self.get(path, query)
         try:
             return None if found is None else [
-                {str(key).lower(): str("" if value is None else value) for key, value in row.items()}
+                {key.lower(): "" if value is None else str(value) for key, value in row.items()}
                 for row in found["ResultSet"]["Result"]]
         except (KeyError, TypeError, AttributeError):
-            raise Trouble(f"{path} is no listing: is this XNAT's own address?") from None
+            raise Trouble(f"{path} is no listing: is this XNAT's own address?")
 
     # The server, once
 
@@ -798,7 +804,7 @@ class Xnat:
         try:
             self.project = self._find_project()
         except Trouble as trouble:
-            raise Stop(f"project {self.settings.project}: {trouble}") from None
+            raise Stop(f"project {self.settings.project}: {trouble}")
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
@@ -809,11 +815,11 @@ class Xnat:
         try:
             project = str(found["items"][0]["data_fields"]["ID"])
         except (KeyError, IndexError, TypeError):
-            raise Trouble("the server does not tell its ID: is this XNAT's own address?") from None
+            raise Trouble("the server does not tell its ID: is this XNAT's own address?")
         query = {"permissions": "edit", "dataType": "xnat:subjectData"}
         if project not in [row.get("id") for row in self.rows("/data/projects", query) or []]:
-            raise Stop(f"project {wanted}: {user} can see it but not add to it: ask its owner to make "
-                       f"{user} a member")
+            raise Stop(f"project {wanted}: {user} can see it but not add to it: ask its owner to "
+                       f"make {user} a member")
         return project
 
     def takes_side_by_side(self) -> bool:
@@ -832,8 +838,9 @@ class Xnat:
         if answer.code:
             why = curl_trouble(answer)
         elif answer.status == 401 or "Login" in target:
-            why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS (20 wrong ones lock "
-                   "the account for an hour; too many open sessions look the same)")
+            why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS "
+                   "(20 wrong ones lock the account for an hour; too many open sessions look the "
+                   "same)")
         elif "UpdateUser" in target:
             why = f"the password of {user} has expired: set a new one in the browser"
         elif "InactiveAccount" in target:
@@ -843,7 +850,7 @@ class Xnat:
         elif target:
             why = f"the server redirects to {target}: give the address that XNAT itself has"
         elif answer.is_html and answer.status == 200:
-            why = "a web page came instead of an answer (login, proxy?): is this XNAT's own address?"
+            why = "a web page came instead of an answer (login?): is this XNAT's own address?"
         else:
             why = f"unexpected answer ({said(answer)}): is this XNAT's own address?"
         return f"{self.settings.url}: {why}"
@@ -880,15 +887,16 @@ class Xnat:
             if not found:
                 return Verdict(message=f"no address came back ({address[:200]}): look in the log")
             if found[1] != self.project:
-                return Verdict(stop=True, message=f"project {self.project}: XNAT put data into project "
-                               f"{found[1]} ({address}): remove it there, and ask the XNAT admin")
+                return Verdict(stop=True, message=f"project {self.project}: XNAT put data into "
+                               f"project {found[1]} ({address}): remove it there, and ask the XNAT "
+                               "admin")
             if found[2] != part.session.label:
                 return Verdict(message=f"XNAT put it into another session ({address}): look there")
         if len(addresses) > 1:
             return Verdict(message=two_studies("series", addresses))
         if not addresses:
-            return Verdict(message="XNAT kept none of these files (empty answer): ask the project's "
-                           "owner about series import filters and anonymization scripts")
+            return Verdict(message="XNAT kept none of these files (empty answer): ask the "
+                           "project's owner about import filters and anonymization scripts")
         return Verdict(address=addresses[0][addresses[0].index("/data/"):])
 
     # One part
@@ -954,7 +962,8 @@ class Xnat:
                 if not status:
                     return self._verify(session, memory, "archived")
                 lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
-                if status not in ("RECEIVING", "READY") or not lost or tries > self.settings.retries:
+                again = lost and status in ("RECEIVING", "READY")
+                if not again or tries > self.settings.retries:
                     break
                 verdict = replace(verdict, message=said(answer))
                 self.wait_to_heal(f"commit of {session.label}", verdict, tries)
@@ -1009,8 +1018,8 @@ class Xnat:
         counted = self.count(path) or 0
         doubles = copies(session) if counted < least else 0
         if doubles and counted == least - doubles:
-            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image to "
-                            "others of the session: XNAT keeps one of each")
+            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image "
+                            "to others of the session: XNAT keeps one of each")
             least = counted
         return judge_count(where, counted, least, most, path)
 
@@ -1033,9 +1042,10 @@ def read_answer(done: subprocess.CompletedProcess[bytes]) -> Answer:
     # After a failed transfer curl may still say 100 or 200.
     status = int(tail) if done.returncode == 0 and tail.isdigit() else 0
     wait = header(r"retry-after: *(\d{1,6})\s*$")
+    error = re.sub(r"^curl: \(\d+\) ", "", " ".join(done.stderr.decode("utf-8", "replace").split()))
     return Answer(
         done.returncode, status, out[len(head):].decode("utf-8", "replace"),
-        re.sub(r"^curl: \(\d+\) ", "", " ".join(done.stderr.decode("utf-8", "replace").split()))[:200],
+        error[:200],
         header(r"location:(.*)$"),
         min(600.0, float(wait or 0)),  # no server is waited for longer than ten minutes
         # A new server session where the old one had expired; not the guest's of a refusal.
@@ -1072,7 +1082,8 @@ def two_studies(kind: str, addresses: List[str]) -> str:
             "sort the folder by study, delete what is wrong in the prearchive, then run again")
 
 
-SOP_INSTANCE = re.compile(rb"(?:\x02\x00\x03\x00UI..|\x08\x00\x18\x00(?:UI..|.{4}))([0-9.]+)", re.DOTALL)
+SOP_INSTANCE = re.compile(
+    rb"(?:\x02\x00\x03\x00UI..|\x08\x00\x18\x00(?:UI..|.{4}))([0-9.]+)", re.DOTALL)
 
 
 def copies(session: Session) -> int:
@@ -1091,9 +1102,9 @@ def judge_count(where: str, counted: int, least: int, most: Optional[int], path:
     """Whether the server counts as many files as it should."""
     if least <= counted and (most is None or counted <= most):
         return Standing(where, files=counted, path=path)
-    return Standing(where, f"{where}, but XNAT counts {counted} files where {least} should be: compare "
-                    f"{path} with the folder (copies of an image count once; import filters drop some)",
-                    files=counted, owed=least, path=path)
+    message = (f"{where}, but XNAT counts {counted} files where {least} should be: compare {path} "
+               "with the folder (an import filter may drop some)")
+    return Standing(where, message, counted, least, path)
 
 
 # ---- ledger --------------------------------------------------------------------------------
@@ -1165,8 +1176,8 @@ class Ledger:
             if not raw.endswith(b"\n"):
                 self._file.write(b"\n")
         except OSError as error:
-            raise Stop(f"ledger {path}: cannot be used ({error.strerror}): mend it, or choose another "
-                       "--workdir") from None
+            raise Stop(f"ledger {path}: cannot be used ({error.strerror}): mend it, or choose "
+                       "another --workdir")
 
     def _read(self, raw: bytes) -> None:
         try:
@@ -1195,8 +1206,8 @@ class Ledger:
             self._file.write(json.dumps(line).encode() + b"\n")
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise Stop(f"ledger {self.path}: cannot be written ({error.strerror}): make room, then run "
-                       "again") from None
+            raise Stop(f"ledger {self.path}: cannot be written ({error.strerror}): make room, then "
+                       "run again")
         self._take(line)
 
     def close(self) -> None:
@@ -1234,7 +1245,8 @@ class Journey:
         self.message = ""  # why the session as a whole failed
         self.verified = 0  # files that the server counted
         self.tallies = self.take_stock()
-        self.looked = not (memory.address or memory.owed or any(each.parts for each in self.tallies))
+        to_send = any(tally.parts for tally in self.tallies)
+        self.looked = not (memory.address or memory.owed or to_send)
 
     def take_stock(self) -> List[Tally]:
         """Which parts of which series are left to send."""
@@ -1388,8 +1400,8 @@ class Run:
             if tally.status:
                 self.teller.series(journey.session, tally)
             elif journey.memory.has_changed(tally.series):
-                self.teller.say(f"{journey.session.label} {tally.series.name}: has changed since it was "
-                                "sent: sent again (XNAT keeps old files unless --overwrite-files)")
+                self.teller.say(f"{journey.session.label} {tally.series.name}: has changed since it "
+                                "was sent: sent again (XNAT keeps the old unless --overwrite-files)")
 
     def _sent(self, journey: Journey, tally: Tally, part: Part, outcome: Outcome) -> None:
         tally.busy = False
@@ -1471,7 +1483,11 @@ class Teller:
     def open_files(self, settings: Settings) -> None:
         """Begin log and report in the workdir, readable by their owner only."""
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        base = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        base = first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        for number in itertools.count(2):  # for runs within one second
+            if not os.path.exists(base + ".log"):
+                break
+            base = f"{first}-{number}"
         self.report_path = base + ".csv"
         self._log, self._report = private_file(base + ".log"), private_file(self.report_path)
         csv.writer(self._report).writerow(REPORT)
@@ -1509,9 +1525,9 @@ class Teller:
         if self._moves:
             series, total = self._goal
             rate = self._bytes / max(1.0, time.monotonic() - self._started)
-            left = f"  {rate / 1e6:.1f} MB/s  {(total - self._bytes) / rate:.0f} s left" if rate else ""
-            text = (f"[{self._series['sent']} of {series} series  {size(self._bytes)} of {size(total)}"
-                    f"{left}]")
+            left = (total - self._bytes) / rate if rate else 0
+            text = (f"[{self._series['sent']} of {series} series  {size(self._bytes)} of "
+                    f"{size(total)}  {rate / 1e6:.1f} MB/s  {left:.0f} s left]")
             self._erase()
             sys.stderr.write(text[:shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
@@ -1534,7 +1550,7 @@ class Teller:
             self.line(f"{plural(plan.not_chosen, 'session')} left out by --only")
         junk = sum(each.not_dicom for _, each in pairs)
         if junk:
-            self.line(f"{plural(junk, 'file')} in the series not DICOM (named in the log): not sent")
+            self.line(f"{plural(junk, 'file')} not DICOM (named in the log): not sent")
         if plan.strays:
             count = plural(len(plan.strays), "file")
             self.say(f"{plan.strays[0]}: {count} where folders belong (named in the log): not sent")
@@ -1563,14 +1579,16 @@ class Teller:
 
     def _series_line(self, session: Session, series: Series, status: str, detail: str) -> None:
         label, name = self._widths
-        self.line(f"{session.label:<{label}}  {printable(series.name):<{name}}  {status:<13} {detail}")
+        self.line(f"{session.label:<{label}}  {printable(series.name):<{name}}  {status:<13} "
+                  f"{detail}")
 
     def series(self, session: Session, tally: Tally) -> None:
         """One line, and one row in the report, for a series that is settled."""
         series, detail = tally.series, tally.message
         self._series[tally.status] += 1
         if tally.status == "sent":
-            detail = f"{plural(tally.files, 'file'):>11}  {size(tally.zipped):>8}  {tally.seconds:.1f} s"
+            detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.zipped):>8}  "
+                      f"{tally.seconds:.1f} s")
             self._files += tally.files
             self._zipped += tally.zipped
             self._bytes += series.bytes
@@ -1615,13 +1633,13 @@ class Teller:
         there = ends["archived"] + ends["prearchived"]
         words = [f"{there} of {plural(total, 'session')} archived and verified"]
         if ends["prearchived"]:
-            words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of them in "
-                     "the prearchive"]
+            words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of them "
+                     "in the prearchive"]
         words += [f"{ends[end]} {end}" for end in ("sent", "held back", "failed", "nothing to send")
                   if ends[end]]
         words += [f"{unfinished} not finished"] if unfinished else []
-        self.line(f"\n{'; '.join(words)}. {self._series['sent']} series, {plural(self._files, 'file')}, "
-                  f"{size(self._bytes)} ({size(self._zipped)} zipped) in {seconds:.0f} s"
+        self.line(f"\n{'; '.join(words)}. {self._series['sent']} series, "
+                  f"{plural(self._files, 'file')}, {size(self._bytes)} ({size(self._zipped)} zipped) in {seconds:.0f} s"
                   f" ({self._bytes / max(seconds, 0.1) / 1e6:.1f} MB/s).")
         for failure in self.failures:
             self.line(f"Not there: {failure}")
@@ -1666,7 +1684,8 @@ def size(count: float) -> str:
     """Bytes, for people."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "bytes" and count < 10 else f"{count:.0f} {unit}"
+            digits = 1 if unit != "bytes" and count < 10 else 0
+            return f"{count:.{digits}f} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
 
@@ -1691,8 +1710,8 @@ def read_options(argv: List[str]) -> Settings:
         prog="dicomUpload.py", allow_abbrev=False, add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="dicomUpload.py [options] URL USER PASS PROJECT ROOTDIR",
-        description="Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,\n"
-        "verified, never by halves. Run it again after any trouble: it sends the rest.",
+        description="Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: "
+        "whole,\nverified, never by halves. Run it again after any trouble: it sends the rest.",
         epilog="""examples:
   dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --dry-run
   dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --only 007/pre
@@ -1727,9 +1746,12 @@ exit status:
     add("--overwrite-files", action="store_true",
         help="on commit, replace instances that the archive already holds")
     add = parser.add_argument_group("how to send").add_argument
-    add("--workdir", metavar="DIR", default="./work", help="zips, ledger, log, report (%(default)s)")
-    add("--procs", metavar="N", type=at_least(1), default=4, help="uploads side by side (%(default)s)")
-    add("--max-files", metavar="N", type=at_least(1), default=500, help="files per zip (%(default)s)")
+    add("--workdir", metavar="DIR", default="./work",
+        help="zips, ledger, log, report (%(default)s)")
+    add("--procs", metavar="N", type=at_least(1), default=4,
+        help="uploads side by side (%(default)s)")
+    add("--max-files", metavar="N", type=at_least(1), default=500,
+        help="files per zip (%(default)s)")
     add("--compression", metavar="0-9", type=int, choices=range(10), default=1,
         help="zip's level (%(default)s)")
     add("--retries", metavar="N", type=at_least(0), default=5,
@@ -1847,12 +1869,12 @@ def find_password(settings: Settings) -> Settings:
             pass
         except (OSError, netrc.NetrcParseError) as error:
             raise Stop(f"~/.netrc: cannot be used ({error}): mend it, or set XNAT_PASS",
-                       WRONG_CALL) from None
+                       WRONG_CALL)
     if not password and sys.stdin.isatty():
         password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
     if not password or re.search(r"[\x00-\x1f\x7f]", password):
-        raise Stop("PASS -: no password was found that could be sent: set XNAT_PASS, or write it into "
-                   "~/.netrc", WRONG_CALL)
+        raise Stop("PASS -: no password was found that could be sent: set XNAT_PASS, or write it "
+                   "into ~/.netrc", WRONG_CALL)
     return replace(settings, password=password)
 
 
@@ -1860,8 +1882,8 @@ def check_tools(programs: Programs, teller: Teller) -> None:
     """Raises Stop(3) unless zip, and a curl that is new enough, are there."""
     for tool, question in (("zip", "-v"), ("curl", "--version")):
         if not shutil.which(tool):
-            raise Stop(f"{tool}: is not installed: apt-get install {tool} (Debian, Ubuntu), dnf install "
-                       f"{tool} (RHEL, Fedora) or brew install {tool} (macOS)")
+            raise Stop(f"{tool}: is not installed: apt-get install {tool} (Debian, Ubuntu), dnf "
+                       f"install {tool} (RHEL, Fedora) or brew install {tool} (macOS)")
         text = programs.run([tool, question]).stdout.decode("utf-8", "replace")
         version = re.search(r"(?:Zip|curl) (\d+)\.(\d+)", text)
         teller.log(version[0] if version else f"{tool} of unknown version")
@@ -1904,8 +1926,9 @@ def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
     ledger = Ledger(os.path.join(workdir.path, "dicomUpload.ledger"), settings.url, xnat.project)
     for session in plan.sessions if settings.again else ():
         ledger.add(session, "forget")
+    limit = settings.max_files
     teller.plan(plan, [part for session, series in plan.pairs() if not series.problem
-                       for part in ledger.of(session).parts_left(session, series, settings.max_files)])
+                       for part in ledger.of(session).parts_left(session, series, limit)])
     run = Run(plan, xnat, workdir, ledger)
     status = ALL_THERE
     try:
