@@ -192,6 +192,7 @@ class Standing:
     files: int = 0  # counted by the server
     owed: int = 0  # what it should have counted, where it did not
     path: str = ""  # where it was counted
+    held: Dict[str, int] = field(default_factory=dict)  # counts of old prearchive sessions
 
 
 @dataclass(frozen=True)
@@ -432,7 +433,7 @@ def check_shape(plan: Plan, settings: Settings) -> None:
     wrong = ""
     if settings.only and not plan.sessions and plan.not_chosen:
         raise Stop(f"--only {' '.join(settings.only)}: chooses none of the {plan.not_chosen} "
-                   f"sessions in {root}: give subject or subject/session, as the folders are called",
+                   f"sessions in {root}: give subject or subject/session, as the folders go",
                    WRONG_CALL)
     if not any(plan.pairs()):
         deep = [path for path in plan.strays if os.path.dirname(path) != root]
@@ -680,6 +681,7 @@ class Xnat:
         self.teller = teller
         self.project = settings.project
         self.version = ""
+        self.old_rows: Dict[str, List[str]] = {}  # prearchive addresses of earlier days, by label
         self._cookie = ""
         self._numbers = itertools.count(1)
 
@@ -797,14 +799,17 @@ class Xnat:
         if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]+\s*$", answer.body):
             raise Stop(self.refusal(answer))
         self._cookie = answer.body.strip()
-        try:
-            self.version = str((self.get("/xapi/siteConfig/buildInfo") or {}).get("version", ""))
-        except (Trouble, AttributeError):
-            self.teller.log("no version: the series of a session will go one by one")
+        with suppress(ValueError, AttributeError):  # without it series of a session go one by one
+            info = json.loads(self.ask("GET", "/xapi/siteConfig/buildInfo", seconds=30).body)
+            self.version = str(info.get("version", ""))
         try:
             self.project = self._find_project()
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}")
+        with suppress(Trouble):  # without it only the counts of joined sessions are less sure
+            for row in self.rows(f"/data/prearchive/projects/{quote(self.project, safe='')}") or []:
+                address = "/data" + row.get("url", "")
+                self.old_rows.setdefault(address.rpartition("/")[2], []).append(address)
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
@@ -938,7 +943,12 @@ class Xnat:
             if memory.owed:
                 return judge_count(memory.ended, self.count(memory.path) or 0, memory.owed,
                                    None, memory.path)
-            return Standing("new", files=archived)
+            held = {}
+            for address in self.old_rows.get(session.label, []):  # XNAT may join them (xnat.md 5)
+                if self.settled(address):
+                    count = self.count(address)
+                    held[address] = -1 if count is None else count  # None: not built yet
+            return Standing("new", files=archived, held=held)
         except Trouble as trouble:
             return Standing(message=str(trouble))
 
@@ -960,7 +970,7 @@ class Xnat:
                 # Refused, or the answer was lost on the way while XNAT went on: look.
                 status = self.settled(address)
                 if not status:
-                    return self._verify(session, memory, "archived")
+                    return self._verify(session, memory, "gone")
                 lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
                 again = lost and status in ("RECEIVING", "READY")
                 if not again or tries > self.settings.retries:
@@ -1008,20 +1018,22 @@ class Xnat:
     def _verify(self, session: Session, memory: Memory, where: str) -> Standing:
         """Compare the server's count with what was sent and what was there before."""
         path = memory.address if where == "prearchived" else self._archive_path(session)
-        # A session left for review takes up what is sent to it later.
-        again = memory.path == memory.address
-        base = (memory.counted if again else 0) + (memory.before if where == "archived" else 0)
-        most = memory.files + base
+        held = memory.held.get(memory.address, 0)
+        base = max(held, 0) + (memory.before if where != "prearchived" else 0)
+        most = None if held < 0 else memory.files + base
         # Files that replace their equals do not add to the count.
-        replaced = again or self.settings.overwrite_files
-        least = max(memory.files, base) if replaced else most
+        replaced = held or self.settings.overwrite_files
+        least = max(memory.files, base) if replaced else memory.files + base
         counted = self.count(path) or 0
         doubles = copies(session) if counted < least else 0
         if doubles and counted == least - doubles:
             self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image "
                             "to others of the session: XNAT keeps one of each")
             least = counted
-        return judge_count(where, counted, least, most, path)
+        if where == "gone" and counted < least:
+            return Standing(message=f"it is gone from the prearchive, and XNAT's archive counts "
+                            f"{counted} files where {least} should be: run again to send it again")
+        return judge_count("archived" if where == "gone" else where, counted, least, most, path)
 
 
 def quoted(text: str) -> str:
@@ -1119,9 +1131,9 @@ class Memory:
     address: str = ""  # where this round's parts lie until they are committed
     files: int = 0  # how many of them
     before: int = 0  # what the archive held before this round
+    held: Dict[str, int] = field(default_factory=dict)  # and old prearchive sessions; -1 unknown
     ended: str = ""  # archived or prearchived
     path: str = ""  # where that is read
-    counted: int = 0  # what the server counted there
     owed: int = 0  # what it should have counted, where it did not
 
     def parts_left(self, session: Session, series: Series, max_files: int) -> List[Part]:
@@ -1143,7 +1155,7 @@ class Memory:
     def take(self, event: str, line: Dict[str, Any]) -> None:
         """Take in one event of the ledger."""
         if event == "opened":
-            self.before = line["before"]
+            self.before, self.held = line["before"], line["held"]
         elif event == "sent":
             part = (line["files"], line["from"], line["to"], line["address"])
             self.sent.setdefault(line["series"], []).append(part)
@@ -1155,7 +1167,7 @@ class Memory:
             self.address, self.files = "", 0
         elif event in ("archived", "prearchived"):
             self.address, self.files, self.ended = "", 0, event
-            self.path, self.counted, self.owed = line["path"], line["files"], line["owed"]
+            self.path, self.owed = line["path"], line["owed"]
 
 
 class Ledger:
@@ -1202,8 +1214,10 @@ class Ledger:
         """Write an event down and sync it. Raises Stop(3) if that fails."""
         line = dict(self._where, at=now(), subject=session.subject_label, session=session.label,
                     event=event, **more)
+        raw = json.dumps(line).encode() + b"\n"
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
+            if self._file.write(raw) < len(raw):  # a full disk takes the first half in silence
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
             raise Stop(f"ledger {self.path}: cannot be written ({error.strerror}): make room, then "
@@ -1384,7 +1398,8 @@ class Run:
             self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
             journey.tallies = journey.take_stock()
         if standing.where in ("archived", "lost", "new"):
-            self.ledger.add(session, "opened", before=standing.files)
+            self.ledger.add(session, "opened", before=standing.files,
+                            held=standing.held)
         self._tell_known(journey)
 
     def _settle(self, journey: Journey, standing: Standing) -> None:
@@ -1400,8 +1415,9 @@ class Run:
             if tally.status:
                 self.teller.series(journey.session, tally)
             elif journey.memory.has_changed(tally.series):
-                self.teller.say(f"{journey.session.label} {tally.series.name}: has changed since it "
-                                "was sent: sent again (XNAT keeps the old unless --overwrite-files)")
+                self.teller.say(f"{journey.session.label} {tally.series.name}: has changed since "
+                                "it was sent: sent again (XNAT keeps the old file unless "
+                                "--overwrite-files)")
 
     def _sent(self, journey: Journey, tally: Tally, part: Part, outcome: Outcome) -> None:
         tally.busy = False
@@ -1483,7 +1499,8 @@ class Teller:
     def open_files(self, settings: Settings) -> None:
         """Begin log and report in the workdir, readable by their owner only."""
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        base = first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        base = first
         for number in itertools.count(2):  # for runs within one second
             if not os.path.exists(base + ".log"):
                 break
@@ -1633,14 +1650,14 @@ class Teller:
         there = ends["archived"] + ends["prearchived"]
         words = [f"{there} of {plural(total, 'session')} archived and verified"]
         if ends["prearchived"]:
-            words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of them "
-                     "in the prearchive"]
+            words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of "
+                     "them in the prearchive"]
         words += [f"{ends[end]} {end}" for end in ("sent", "held back", "failed", "nothing to send")
                   if ends[end]]
         words += [f"{unfinished} not finished"] if unfinished else []
         self.line(f"\n{'; '.join(words)}. {self._series['sent']} series, "
-                  f"{plural(self._files, 'file')}, {size(self._bytes)} ({size(self._zipped)} zipped) in {seconds:.0f} s"
-                  f" ({self._bytes / max(seconds, 0.1) / 1e6:.1f} MB/s).")
+                  f"{plural(self._files, 'file')}, {size(self._bytes)} "
+                  f"({size(self._zipped)} zipped) in {seconds:.0f} s ({self._bytes / max(seconds, 0.1) / 1e6:.1f} MB/s).")
         for failure in self.failures:
             self.line(f"Not there: {failure}")
         if self.failures or unfinished:

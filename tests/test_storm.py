@@ -26,6 +26,7 @@ from tests.xnat_standin import Fault, Standin
 SESSIONS = 40
 FAULTS = 30
 RUNS = 12       # by then it must have ended with 0
+SEEDS = 4, 1, 14, 15, 16    # 14 and 15 have found a commit taken for lost while it went on
 STOPS = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
 
 # What may happen to a request; the arguments are drawn.
@@ -95,6 +96,7 @@ class Schedule:
         self.stops = [Stop(number, draw.random() < 0.4, draw.randrange(1, 12),
                            draw.choice((0.0, draw.uniform(0, 0.05)))) for number in STOPS]
         draw.shuffle(self.stops)
+        self.archive_seconds = draw.choice((0.02, 0.1, 0.3))
 
     def _import(self, draw: random.Random) -> str:
         return f"POST /data/services/import.*EXPT_LABEL={draw.choice(self.labels)}"
@@ -121,12 +123,12 @@ class AStorm(_RunningTest):
             for number in range(1, count + 1):
                 write_series(self.root / subject / session / f"S_{number:04}", number=number,
                              study=uid(subject, session), files=2, patient=subject)
-        with self.xnat(archive_seconds=0.03, faults=schedule.faults) as server:
+        with self.xnat(archive_seconds=schedule.archive_seconds, faults=schedule.faults) as server:
             halves = self.watch_archive(server, schedule)
             ends: List[int] = []
             stops = list(schedule.stops)
             while 0 not in ends:
-                self.assertLess(len(ends), RUNS, f"no end after {ends}")
+                self.assertLess(len(ends), RUNS, f"no end after {ends}\n{ran.out if ends else ''}")
                 ran = self.one_run(server, stops.pop(0) if stops else None)
                 ends.append(ran.status)
                 self.assertIn(ran.status, (0, 1, 3, 130, 143, -9), ran.text)
@@ -196,7 +198,7 @@ def seeds() -> List[int]:
     given = os.environ.get("DICOMUPLOAD_TEST_SEED", "")
     if given:
         return [int(seed) for seed in re.findall(r"\d+", given)]
-    return [1, 2, 3, 4, 5] if os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" else [1]
+    return list(SEEDS if os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" else SEEDS[:1])
 
 
 def as_test(seed: int) -> Callable[[AStorm], None]:

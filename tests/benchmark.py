@@ -1,0 +1,598 @@
+"""How fast an upload is, side by side with what else could send the same files.
+
+    python3 -m tests.benchmark            all conditions, about twelve minutes
+    python3 -m tests.benchmark --quick    small trees, one round, under two minutes
+    python3 -m tests.benchmark --only mr-free mr-100M --rounds 5 --peers
+
+The stand-in XNAT runs as a process of its own; the contenders take turns, round by round, each
+through its command line, with a warm page cache. A time is from a process's start to its end.
+
+    this      dicomUpload.py: zip, check, send, commit and verify; four uploads side by side
+    this -0   the same with --compression 0: what a level that adapts could win at best
+    1 by 1    the same with --procs 1
+    original  what this program's forerunner did: one `zip -6` and one POST a session, one after
+              another; nothing is committed and nothing is checked
+    bound     `xargs -P` over `zip -1` and `curl`, at two and at four jobs: no plan, no check, no
+              commit; lists of the files are made before the clock starts. What the machine can do.
+    peers     with --peers: xnatctl 0.6.0 and xnat 0.8.1 from PyPI, a call for each session
+
+"of bound" is the bound's time divided by this one's, 1.00 being as fast: the better of the bound's
+two medians counts. "cpu" is what the contender's processes used, the stand-in's own not counted.
+"""
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from tests.dicom import uid, write_series, dicom_file
+from tests.support import ROOT, SCRIPT, sealed_environment
+
+PART = 500  # files; --max-files of dicomUpload.py
+MB = 1e6
+FOUR = ("this", "bound 2", "bound 4", "original")
+Tree = Callable[[Path, bool], None]  # makes it under a folder; True: a small one
+
+
+# ---- Trees ---------------------------------------------------------------------------------
+
+def real_images() -> Optional[Path]:
+    """The series folders of Case001, 324 real MR files, if they are on this machine."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for folder in (os.environ.get("DICOMUPLOAD_TEST_DATA"),
+                   os.path.join(cache, "dicomUpload-tests", "xnat-0.8.1")):
+        if folder and (Path(folder) / "Case001" / "scans").is_dir():
+            return Path(folder) / "Case001" / "scans"
+    return None
+
+
+def synthetic(root: Path, sessions: int, series: int, files: int, **more: Any) -> None:
+    """So many sessions, series in each, and files in each series."""
+    for session in range(1, sessions + 1):
+        for number in range(1, series + 1):
+            write_series(root / ("s%03d" % session) / "mr" / ("%02d_SERIES" % number), files=files,
+                         study=uid("benchmark", session), number=number, **more)
+
+
+def mr_tree(most: int) -> Tree:
+    """Case001 as every session; synthetic images of that size where it is not at hand."""
+    def make(root: Path, small: bool) -> None:
+        sessions, real = min(most, 2) if small else most, real_images()
+        if real is None:
+            return synthetic(root, sessions, 10, 32, rows=256, columns=256)
+        for session in range(1, sessions + 1):
+            shutil.copytree(str(real), str(root / ("s%03d" % session) / "mr"))
+        return None
+
+    return make
+
+
+def small_series(root: Path, small: bool) -> None:
+    synthetic(root, 5 if small else 20, 20, 3, rows=64, columns=64)
+
+
+def one_session(root: Path, small: bool) -> None:
+    synthetic(root, 1, 40, 4 if small else 20, rows=256, columns=256)
+
+
+def one_series(root: Path, small: bool) -> None:
+    synthetic(root, 1, 1, 1200 if small else 5000, rows=128, columns=128)
+
+
+def slow_sessions(root: Path, small: bool) -> None:
+    synthetic(root, 8, 3 if small else 5, 4 if small else 12)
+
+
+def slow_session(root: Path, small: bool) -> None:
+    synthetic(root, 1, 40, 3 if small else 12)
+
+
+def packed_pixels(root: Path, small: bool) -> None:
+    """Pixels that no zip makes smaller, as those of JPEG 2000."""
+    for session in range(1, (2 if small else 8) + 1):
+        for number in range(1, 6):
+            folder = root / ("s%03d" % session) / "mr" / ("%02d_SERIES" % number)
+            folder.mkdir(parents=True)
+            for instance in range(1, 11):
+                (folder / ("IM%04d.dcm" % instance)).write_bytes(dicom_file(
+                    study=uid("packed", session), series=uid("packed", session, number),
+                    number=number, instance=instance, pixels=os.urandom(256 * 1024)))
+
+
+# ---- Conditions ----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Condition:
+    """A tree, a line and a server: one comparison."""
+    name: str
+    about: str
+    tree: Tree
+    rate: float = 0                   # bytes a second
+    import_ms: float = 0              # a file
+    contenders: Tuple[str, ...] = FOUR
+    rounds: int = 3                   # at most
+    drain: bool = True                # the server's own cost must not count
+    memory: bool = False              # measure memory and disk too
+    peers: bool = False
+
+
+MR = "real MR" if real_images() else "synthetic MR"
+CONDITIONS = (
+    Condition("mr-free", MR + ", line unlimited", mr_tree(8), memory=True, peers=True,
+              contenders=FOUR + ("this -0",)),
+    Condition("mr-1G", MR + ", 1 Gbit/s", mr_tree(8), 125e6, contenders=FOUR + ("this -0",)),
+    Condition("mr-100M", MR + ", 100 Mbit/s", mr_tree(4), 12.5e6, rounds=2, peers=True,
+              contenders=("this", "bound 4", "original", "this -0")),
+    Condition("mr-20M", MR + ", 20 Mbit/s", mr_tree(1), 2.5e6, rounds=1,
+              contenders=("this", "bound 4", "original")),
+    Condition("mr-5ms", MR + ", import 5 ms a file", mr_tree(8), import_ms=5, rounds=2,
+              contenders=("this", "bound 4", "1 by 1")),
+    Condition("sessions-46ms", "8 sessions, import 46 ms a file", slow_sessions, import_ms=46,
+              rounds=2, contenders=("this", "bound 4", "1 by 1"), drain=False),
+    Condition("session-46ms", "one session of 40 series, import 46 ms a file", slow_session,
+              import_ms=46, rounds=2, contenders=("this", "bound 4", "1 by 1"), drain=False),
+    Condition("session-free", "one session of 40 series, line unlimited", one_session),
+    Condition("small-free", "400 series of 3 small files, line unlimited", small_series),
+    Condition("series-free", "one series of 5,000 files, line unlimited", one_series, memory=True),
+    Condition("series-100M", "one series of 5,000 files, 100 Mbit/s", one_series, 12.5e6, rounds=2,
+              contenders=("this", "bound 4", "original")),
+    Condition("packed-free", "already compressed pixels, line unlimited", packed_pixels,
+              contenders=FOUR + ("this -0",)),
+    Condition("packed-1G", "already compressed pixels, 1 Gbit/s", packed_pixels, 125e6, rounds=2,
+              contenders=FOUR + ("this -0",)),
+)
+PLAN = "plan"  # the condition of 100,000 series is of another kind
+
+
+# ---- Contenders ----------------------------------------------------------------------------
+
+IMPORT = ("/data/services/import?import-handler=DICOM-zip&overwrite=append"
+          "&PROJECT_ID=BRAIN&SUBJECT_ID=$subject&EXPT_LABEL=$label")
+ORIGINAL = r"""
+cd "$ROOTDIR" || exit
+for session in */*; do
+    subject=${session%/*} label=${session%/*}_${session#*/}
+    zip -q -6 -r "$WORK/$label.zip" "$PWD/$session"
+    curl -sS -k -u "$LOGIN" -F "file=@$WORK/$label.zip" "$URL""" + IMPORT + r""""
+done
+"""
+BOUND = r"""
+xargs -0 -n 4 -P "$JOBS" sh -c '
+    cd "$1" && subject=$2 label=$3
+    zip -q -1 -X -D "$4.zip" -@ <"$4.names" &&
+    curl -sS -u "$LOGIN" -F "file=@$4.zip" "$URL""" + IMPORT + r"""" && rm "$4.zip"
+' part <"$WORK/parts"
+"""
+XNATCTL = r"""
+cd "$ROOTDIR" || exit
+for session in */*; do
+    "$VENV/bin/xnatctl" session upload -P BRAIN -S "${session%/*}" \
+        -E "${session%/*}_${session#*/}" "$session" || exit
+done
+"""
+XNATPY = r"""
+cd "$ROOTDIR" || exit
+for session in */*; do
+    "$VENV/bin/xnat" import experiment --host "$URL" --user alice --project BRAIN \
+        --subject "${session%/*}" --experiment "${session%/*}_${session#*/}" "$session" || exit
+done
+"""
+PEERS = {"xnatctl": ("xnatctl==0.6.0", XNATCTL), "xnatpy": ("xnat==0.8.1", XNATPY)}
+
+
+def write_parts(root: Path, work: Path) -> None:
+    """What the bound sends: folder, subject, label and list of files of each part."""
+    tasks: List[str] = []
+    for number, folder in enumerate(sorted(root.glob("*/*/*"))):
+        names = sorted("./" + path.relative_to(folder).as_posix()
+                       for path in folder.rglob("*") if path.is_file())
+        for start in range(0, len(names), PART):
+            part = work / ("%04d_%05d" % (number, start))
+            Path(str(part) + ".names").write_text("\n".join(names[start:start + PART]) + "\n")
+            subject, session = folder.parts[-3:-1]
+            tasks += [str(folder), subject, subject + "_" + session, str(part)]
+    (work / "parts").write_text("\0".join(tasks) + "\0")
+
+
+def command_of(contender: str, url: str, root: Path, work: Path,
+               venvs: Dict[str, Path]) -> Tuple[List[str], Dict[str, str]]:
+    """The contender's command line, and its part of the environment."""
+    values = {"URL": url, "ROOTDIR": str(root), "WORK": str(work), "LOGIN": "alice:s3cret"}
+    if contender == "original":
+        return ["sh", "-c", ORIGINAL], values
+    if contender.startswith("bound "):
+        write_parts(root, work)
+        return ["sh", "-c", BOUND], dict(values, JOBS=contender[-1])
+    if contender in PEERS:
+        values.update(VENV=str(venvs[contender]), XNAT_URL=url, XNAT_USER="alice",
+                      XNAT_PASS="s3cret", XNATPY_PASS="s3cret")
+        return ["sh", "-c", PEERS[contender][1]], values
+    more = {"this": [], "1 by 1": ["--procs", "1"], "this -0": ["--compression", "0"]}[contender]
+    return [sys.executable, str(SCRIPT), url, "alice", "s3cret", "BRAIN", str(root),
+            "--workdir", str(work), *more], {}
+
+
+# ---- The server, and one run ---------------------------------------------------------------
+
+class Server:
+    """A stand-in as a process of its own."""
+
+    def __init__(self, *options: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.xnat_standin", *options], cwd=str(ROOT),
+            stdout=subprocess.PIPE, universal_newlines=True)
+        assert self.process.stdout
+        self.url = self.process.stdout.readline().split()[-1]
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+    def tell(self, method: str, what: str) -> Any:
+        """One of the stand-in's own routes."""
+        request = urllib.request.Request(self.url + "/_standin/" + what, method=method)
+        with self._open(request, timeout=60) as answer:
+            return json.loads(answer.read().decode())
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+
+@dataclass
+class Usage:
+    """What one process and all below it took, looked at every few milliseconds (Linux)."""
+    own: int = 0                      # peak bytes of the first process
+    tree: int = 0                     # peak bytes of all together; shared pages count each time
+    disk: int = 0                     # peak bytes of zips in the workdir
+    zips: int = 0                     # peak number of them
+
+    def watch(self, pid: int, work: Path, over: threading.Event) -> None:
+        """Look until it is over."""
+        while not over.wait(0.01):
+            with contextlib.suppress(OSError):
+                status = Path("/proc/%d/status" % pid).read_text()
+                high = [line.split()[1] for line in status.splitlines() if "VmHWM" in line]
+                self.own = max([self.own] + [int(value) * 1024 for value in high])
+            self.tree = max(self.tree, sum(map(resident, family(pid))))
+            sizes = []
+            for path in work.glob("dicomUpload.zips/*"):
+                with contextlib.suppress(OSError):
+                    sizes.append(path.stat().st_size)
+            self.disk, self.zips = max(self.disk, sum(sizes)), max(self.zips, len(sizes))
+
+
+def family(pid: int) -> List[int]:
+    """A process and all below it."""
+    found, at = [pid], 0
+    while at < len(found):
+        with contextlib.suppress(OSError):
+            for task in os.listdir("/proc/%d/task" % found[at]):
+                path = "/proc/%d/task/%s/children" % (found[at], task)
+                found += map(int, Path(path).read_text().split())
+        at += 1
+    return found
+
+
+def resident(pid: int) -> int:
+    """Its resident memory in bytes."""
+    try:
+        pages = Path("/proc/%d/statm" % pid).read_text().split()[1]
+    except (OSError, IndexError):
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Failed(Exception):
+    """A contender did not do its work."""
+
+
+@dataclass
+class Ran:
+    """One run: seconds, seconds of processor time, and what its memory was."""
+    seconds: float
+    cpu: float
+    usage: Usage = field(default_factory=Usage)
+
+
+def run(command: List[str], folder: Path, more: Dict[str, str], work: Path,
+        watched: bool = False) -> Ran:
+    """Run it to its end. Raises Failed if that was not 0."""
+    usage, over = Usage(), threading.Event()
+    with (folder / "output").open("w+", errors="replace") as output:
+        started, before = time.monotonic(), os.times()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, cwd=str(folder),
+                                   env=sealed_environment(folder, **more))
+        thread = threading.Thread(target=usage.watch, args=(process.pid, work, over))
+        if watched:
+            thread.start()
+        status = process.wait()
+        seconds, after = time.monotonic() - started, os.times()
+        over.set()
+        if watched:
+            thread.join()
+        output.seek(0)
+        last = " ".join(output.read().split()[-40:])
+    if status:
+        raise Failed("exit status %d: %s" % (status, last))
+    return Ran(seconds, after[2] + after[3] - before[2] - before[3], usage)
+
+
+def check_arrival(server: Server, files: int) -> Tuple[int, int, int]:
+    """Raises Failed unless so many files came, once each; the requests, the POSTs of files and
+    the bytes of these."""
+    requests = server.tell("GET", "requests")
+    posts = [each for each in requests if each["method"] == "POST" and each["entries"]]
+    bad = [each["status"] for each in posts if each["status"] != 200]
+    came = sum(len([name for name in each["entries"] if not name.endswith("/")]) for each in posts)
+    if bad or came != files:
+        raise Failed("%d of %d files came, %d refusals" % (came, files, len(bad)))
+    return len(requests), len(posts), sum(each["body_bytes"] for each in posts)
+
+
+@dataclass
+class Result:
+    """All runs of one contender under one condition."""
+    contender: str
+    seconds: List[float] = field(default_factory=list)
+    cpu: List[float] = field(default_factory=list)
+    requests: int = 0
+    posts: int = 0
+    sent: int = 0
+    trouble: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def turn(contender: str, server: Server, root: Path, files: int, scratch: Path,
+         venvs: Dict[str, Path], watched: bool = False) -> Tuple[Ran, Tuple[int, int, int]]:
+    """One run of one contender on a fresh server and workdir. Raises Failed."""
+    server.tell("POST", "forget")
+    with fresh(scratch / "work") as work:
+        command, more = command_of(contender, server.url, root, work, venvs)
+        ran = run(command, scratch, more, work, watched)
+    return ran, check_arrival(server, files)
+
+
+@contextlib.contextmanager
+def fresh(folder: Path) -> Iterator[Path]:
+    """An empty folder, removed afterwards."""
+    shutil.rmtree(str(folder), ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(str(folder), ignore_errors=True)
+
+
+def warm(root: Path) -> Tuple[int, int]:
+    """Read the tree, so that it is in the page cache; its files and bytes."""
+    sizes = [len(path.read_bytes()) for path in root.rglob("*") if path.is_file()]
+    os.sync()
+    return len(sizes), sum(sizes)
+
+
+def compare(condition: Condition, rounds: int, small: bool, scratch: Path,
+            venvs: Dict[str, Path]) -> Dict[str, Result]:
+    """Let the contenders take turns; print and return how they did."""
+    contenders = condition.contenders + (tuple(venvs) if condition.peers else ())
+    results = {name: Result(name) for name in contenders}
+    options = ["--rate", str(condition.rate), "--seconds-per-file", str(condition.import_ms / 1000)]
+    options += ["--drain"] if condition.drain else []
+    with fresh(scratch / "tree") as root, Server(*options) as server:
+        condition.tree(root, small)
+        files, size = warm(root)
+        print("\n%s: %s\n  %d sessions, %d series, %d files, %.0f MB" % (
+            condition.name, condition.about, len(list(root.glob("*/*"))),
+            len(list(root.glob("*/*/*"))), files, size / MB), flush=True)
+        for _ in range(min(rounds, condition.rounds)):
+            for name, result in results.items():
+                if not result.trouble:
+                    try:
+                        ran, (result.requests, result.posts, result.sent) = turn(
+                            name, server, root, files, scratch, venvs)
+                        result.seconds.append(ran.seconds)
+                        result.cpu.append(ran.cpu)
+                    except Failed as failed:
+                        result.trouble = str(failed)
+        show(results, size)
+        if condition.memory and sys.platform == "linux":
+            usage = turn("this", server, root, files, scratch, venvs, watched=True)[0].usage
+            print("  memory of this: Python %.0f MB, all its processes %.0f MB; zips in the workdir:"
+                  " at most %d, %.1f MB" % (usage.own / MB, usage.tree / MB, usage.zips,
+                                            usage.disk / MB))
+    return results
+
+
+def bound_of(results: Dict[str, Result]) -> float:
+    """The better median of the bound."""
+    return min((each.median for name, each in results.items()
+                if name.startswith("bound") and each.seconds), default=0)
+
+
+def show(results: Dict[str, Result], size: int) -> None:
+    """The table of one condition."""
+    print("  %-9s %8s %15s %6s %9s %8s %9s %6s %8s" % (
+        "", "median", "range", "cpu", "MB/s", "of bound", "requests", "POSTs", "MB sent"))
+    bound = bound_of(results)
+    for name, each in results.items():
+        if each.seconds:
+            print("  %-9s %6.2f s %6.2f - %6.2f %4.1f s %9.1f %8s %9d %6d %8.1f" % (
+                name, each.median, min(each.seconds), max(each.seconds),
+                statistics.median(each.cpu), size / MB / each.median,
+                "%.2f" % (bound / each.median) if bound else "",
+                each.requests, each.posts, each.sent / MB))
+        if each.trouble:
+            print("  %-9s left out: %s" % (name, each.trouble[:300]))
+    sys.stdout.flush()
+
+
+# ---- 100,000 series ------------------------------------------------------------------------
+
+# Writes the ledger of a run that has sent all, with the program's own Ledger, but without
+# waiting for the disk at each line.
+WRITE_LEDGER = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import dicomUpload
+settings = dicomUpload.read_options(sys.argv[1:])
+plan = dicomUpload.make_plan(settings, lambda text: None)
+dicomUpload.os.fsync = lambda handle: None
+os.makedirs(settings.workdir, exist_ok=True)
+path = os.path.join(settings.workdir, "dicomUpload.ledger")
+ledger = dicomUpload.Ledger(path, settings.url, "BRAIN")
+for session in plan.sessions:
+    address = "/data/prearchive/projects/BRAIN/20261122_101500000/" + session.label
+    ledger.add(session, "opened", before=0)
+    for series in session.series:
+        ledger.add(session, "sent", series=series.name, address=address,
+                   files=series.fingerprint, **{"from": 0, "to": series.files})
+    ledger.add(session, "archived", files=10, owed=0, path="/data/projects/BRAIN")
+ledger.close()
+print(os.path.getsize(path))
+"""
+
+
+def plan_many(small: bool, scratch: Path) -> None:
+    """Plan 10,000 sessions of ten series, then find all of them in the ledger."""
+    sessions = 1000 if small else 10000
+    content = b"\0" * 128 + b"DICM" + b"\0" * 124
+    with fresh(scratch / "tree") as root, fresh(scratch / "work") as work, Server("--drain") as xnat:
+        for number in range(sessions * 10):
+            folder = (root / ("s%04d" % (number // 50)) / ("mr%d" % (number // 10 % 5))
+                      / ("%02d_SERIES" % (number % 10)))
+            folder.mkdir(parents=True)
+            (folder / "IM0001.dcm").write_bytes(content)
+        call = [sys.executable, str(SCRIPT), xnat.url, "alice", "s3cret", "BRAIN", str(root),
+                "--workdir", str(work)]
+        print("\nplan: %d sessions, %d series of one tiny file" % (sessions, sessions * 10))
+        for text, command in (("planned (--dry-run)", call + ["--dry-run"]),
+                              ("ledger of all that written", []),
+                              ("run again, all there", call)):
+            try:
+                if command:
+                    ran = run(command, scratch, {}, work, watched=sys.platform == "linux")
+                else:
+                    ran = run([sys.executable, "-c", WRITE_LEDGER, str(ROOT)] + call[2:], scratch,
+                              {}, work)
+                memory = ", Python %.0f MB" % (ran.usage.own / MB) if ran.usage.own else ""
+                print("  %-28s %6.1f s%s" % (text, ran.seconds, memory), flush=True)
+            except Failed as failed:
+                print("  %-28s failed: %s" % (text, str(failed)[:300]))
+        size = (work / "dicomUpload.ledger").stat().st_size if list(work.glob("*.ledger")) else 0
+        posts = [each for each in xnat.tell("GET", "requests") if "import" in each["path"]]
+        print("  ledger %.1f MB; %d files sent again" % (size / MB, len(posts)))
+
+
+# ---- Peers ---------------------------------------------------------------------------------
+
+def install_peers(scratch: Path) -> Dict[str, Path]:
+    """A virtual environment for each peer that can be installed."""
+    venvs: Dict[str, Path] = {}
+    for name, (package, _) in PEERS.items():
+        venv = scratch / name
+        for command in ([sys.executable, "-m", "venv", str(venv)],
+                        [str(venv / "bin" / "pip"), "install", "-q", package]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  universal_newlines=True)
+            if done.returncode:
+                print("%s left out: %s" % (name, " ".join(done.stdout.split())[-200:]))
+                break
+        else:
+            venvs[name] = venv
+    return venvs
+
+
+# ---- The end -------------------------------------------------------------------------------
+
+def facts() -> str:
+    """The machine, the programs and the time."""
+    def first(pattern: str, *command: str) -> str:
+        try:
+            text = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True).stdout
+        except OSError:
+            return "none"
+        return next((line.strip() for line in text.splitlines() if pattern in line), "unknown")
+
+    model = "unknown processor"
+    with contextlib.suppress(OSError):
+        model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                      if line.startswith("model name")), model)
+    load = "%.1f" % os.getloadavg()[0]
+    return "\n".join((
+        time.strftime("%Y-%m-%d %H:%M %Z") + ", load %s before the start" % load,
+        "%s, %s cores, %s" % (platform.platform(), os.cpu_count(), model),
+        "Python %s; %s; %s" % (platform.python_version(), first("Zip ", "zip", "-v"),
+                               first("curl", "curl", "--version").split(" lib")[0])))
+
+
+def summary(all_results: Dict[str, Dict[str, Result]]) -> None:
+    """One line for each condition, then the bars."""
+    print("\n%-14s %8s %8s %9s %10s %9s" % ("condition", "this", "bound", "of bound",
+                                            "x original", "x 1 by 1"))
+    for name, results in all_results.items():
+        this, bound = results["this"], bound_of(results)
+        if this.seconds:
+            def times(other: str, this: Result = this,
+                      results: Dict[str, Result] = results) -> str:
+                seconds = results[other].seconds if other in results else []
+                return "%.1f" % (statistics.median(seconds) / this.median) if seconds else ""
+
+            print("%-14s %6.2f s %6.2f s %9.2f %10s %9s" % (
+                name, this.median, bound, bound / this.median, times("original"), times("1 by 1")))
+    for name, results in all_results.items():
+        print("\n" + name)
+        longest = max([each.median for each in results.values() if each.seconds] or [1])
+        for contender, each in results.items():
+            if each.seconds:
+                print("  %-9s %s %.1f s" % (contender, "#" * max(1, round(
+                    50 * each.median / longest)), each.median))
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    names = [condition.name for condition in CONDITIONS] + [PLAN]
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.benchmark", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small trees, one round")
+    parser.add_argument("--rounds", type=int, default=3, help="at most (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CONDITION",
+                        help=", ".join(names))
+    parser.add_argument("--peers", action="store_true", help="install and run PyPI's peers too")
+    options = parser.parse_args(argv)
+    rounds = 1 if options.quick else options.rounds
+    started = time.monotonic()
+    print("python3 -m tests.benchmark " + shlex.join(sys.argv[1:] if argv is None else argv))
+    print(facts(), flush=True)
+    scratch = Path(tempfile.mkdtemp(prefix="dicomUpload-benchmark-"))
+    try:
+        venvs = install_peers(scratch) if options.peers else {}
+        results = {each.name: compare(each, rounds, options.quick, scratch, venvs)
+                   for each in CONDITIONS if each.name in options.only}
+        if PLAN in options.only:
+            plan_many(options.quick, scratch)
+        summary(results)
+    finally:
+        shutil.rmtree(str(scratch), ignore_errors=True)
+    print("\n%.0f s in all" % (time.monotonic() - started))
+    return 1 if any(each.trouble for found in results.values() for name, each in found.items()
+                    if name not in PEERS) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
