@@ -69,6 +69,12 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optiona
 from urllib.parse import quote, urlencode, urlsplit
 
 VERSION = "1.0"
+LAYOUT = """
+    ROOTDIR
+    +-- 007                     a subject
+        +-- pre                 a session
+            +-- T2_FLAIR_0012   a series: DICOM files, at any depth
+"""
 ALL_THERE, SOME_FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 3
 
 
@@ -78,9 +84,10 @@ ALL_THERE, SOME_FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 3
 class Stop(Exception):
     """The run cannot go on; the text says thing, what and what to do."""
 
-    def __init__(self, message: str, status: int = STOPPED) -> None:
+    def __init__(self, message: str, status: int = STOPPED, drawing: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.drawing = drawing
 
 
 class Trouble(Exception):
@@ -256,15 +263,28 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
 
 
 def subfolders(folder: str, strays: List[str]) -> List[str]:
-    """Names of the folders in `folder`, hidden ones not, in order; the rest goes to `strays`."""
+    """Names of the folders in `folder`, hidden ones not, in order; the rest goes to `strays`.
+
+    A link to nothing counts as a folder: a share that is not mounted must not go unnoticed.
+    """
     names = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.is_dir() or leads_back(entry):
+            if not (is_folder(entry) or entry.is_symlink() and not os.path.exists(entry.path)):
+                strays.append(entry.path)
+            elif leads_back(entry):
                 strays.append(entry.path)
             elif not entry.name.startswith("."):
                 names.append(entry.name)
     return sorted(names)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a folder, or a link that goes round in circles."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return True
 
 
 def leads_back(entry: os.DirEntry[str]) -> bool:
@@ -337,10 +357,17 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
     files: List[File] = []
     junk: List[str] = []
     problems: List[str] = []
-    pending = [""]
-    while pending:
-        inside = pending.pop()
+    seen = set()  # folders that link to each other have paths without end
+    folders = [""]
+    links: List[str] = []
+    while folders or links:
+        inside = folders.pop() if folders else links.pop(0)
         try:
+            info = os.stat(os.path.join(folder, inside))
+            if (info.st_dev, info.st_ino) in seen:
+                junk.append(f"{inside} (a link to a folder that is read already)")
+                continue
+            seen.add((info.st_dev, info.st_ino))
             with os.scandir(os.path.join(folder, inside)) as entries:
                 for entry in entries:
                     name = inside + entry.name
@@ -350,7 +377,7 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
                         elif leads_back(entry):
                             junk.append(name + "/ (a link to a folder above it)")
                         else:
-                            pending.append(name + "/")
+                            (links if entry.is_symlink() else folders).append(name + "/")
                     except OSError as error:
                         problems.append(f"{name} {unreadable(error)}")
         except OSError as error:
@@ -372,14 +399,17 @@ def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: Li
         problems.append(f"{name} has a line break in its name: rename it, then run again")
     elif not is_utf8(name):  # Java refuses the whole zip for it (xnat.md 3)
         problems.append(f"{name} has a name that is not UTF-8: rename it, then run again")
+    elif re.search(r"\.(zip|tar|tgz|gz)$", name, re.IGNORECASE):  # XNAT would unpack it (xnat.md 3)
+        problems.append(f"{name} is DICOM named as an archive: rename it, then run again")
     else:
         files.append((name, info.st_size, info.st_mtime_ns))
 
 
 def unreadable(error: OSError) -> str:
     """The same words for every file or folder that the system refuses to show."""
-    denied = error.errno in (errno.EACCES, errno.EPERM)
-    what_to_do = "give yourself read permission" if denied else "check the disk or share"
+    advice = {errno.EACCES: "give yourself read permission", errno.ENOENT: "check the name or link",
+              errno.ELOOP: "mend the link", errno.EISDIR: "give a file"}
+    what_to_do = advice.get(error.errno or 0, "check the disk or share")
     return f"cannot be read ({error.strerror}): {what_to_do}, then run again"
 
 
@@ -390,11 +420,11 @@ def is_utf8(name: str) -> bool:
         return False
 
 
-def first_bytes(path: str) -> bytes:
+def first_bytes(path: str, count: int = 512) -> bytes:
     """Enough of a file to know it by: the preamble and the media storage class after it."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        return os.read(handle, 512)
+        return os.read(handle, count)
     finally:
         os.close(handle)
 
@@ -444,19 +474,27 @@ def check_shape(plan: Plan, settings: Settings) -> None:
     elif wanted and not full and not any(series.problem for series in wanted):
         junk = sum(series.not_dicom for series in wanted)
         wrong = f"none of the {junk} files in {len(wanted)} series is DICOM: is this the folder?"
-    elif full and all(folders_of_files(series) > 1 for series in full):
-        wrong = (f"one level too shallow (no series folder has a file of its own, {full[0].folder} "
-                 f"has only folders of them): give a folder inside {root}")
+    elif full and not any(map(has_own_file, full)) and any(map(holds_several, full)):
+        wrong = (f"one level too shallow (different series in {full[0].folder}): give a folder "
+                 f"inside {root}")
     if wrong:
-        raise Stop(f"ROOTDIR {root}: {wrong}. The layout is\n\n    ROOTDIR\n    +-- subject  007\n"
-                   "        +-- session  pre\n            +-- series  T2_FLAIR_0012\n"
-                   "                +-- DICOM files, at any depth\n", WRONG_CALL)
+        raise Stop(f"ROOTDIR {root}: {wrong}. The layout is", WRONG_CALL, LAYOUT)
 
 
-def folders_of_files(series: Series) -> int:
-    """How many folders of a series hold DICOM, 0 if a file lies in the series itself."""
-    tops = {name.split("/", 1)[0] if "/" in name else "" for name, _, _ in series.listing()}
-    return 0 if "" in tops else len(tops)
+def has_own_file(series: Series) -> bool:
+    """Whether a file lies in the series folder itself."""
+    return any("/" not in name for name, _, _ in series.listing())
+
+
+SERIES_INSTANCE = re.compile(rb"\x20\x00\x0e\x00(?:UI..|.{4})([0-9.]+)", re.DOTALL)
+
+
+def holds_several(series: Series) -> bool:
+    """Whether the folders in a series folder hold different series, as a session's do."""
+    firsts = {name.partition("/")[0]: name for name, _, _ in series.listing()}
+    found = {SERIES_INSTANCE.search(first_bytes(os.path.join(series.folder, name), 65536))
+             for name in list(firsts.values())[:8]}
+    return len({each[1] for each in found if each}) > 1
 
 
 # ---- packing -------------------------------------------------------------------------------
@@ -1173,22 +1211,25 @@ class Memory:
 class Ledger:
     """The file that remembers what was sent: JSON, a line each, synced; the last may be torn."""
 
-    def __init__(self, path: str, server: str, project: str) -> None:
-        """Raises Stop(3) if it cannot be read and written."""
-        self.path = path
-        self._where = {"v": 1, "server": server, "project": project}
+    def __init__(self, settings: Settings, project: str, read_only: bool = False) -> None:
+        """Raises Stop(3) if it cannot be read, or, unless `read_only`, written."""
+        self.path = os.path.join(os.path.abspath(settings.workdir), "dicomUpload.ledger")
+        self._where = {"v": 1, "server": settings.url, "project": project}
         self._sessions: Dict[Tuple[str, str], Memory] = {}
+        if read_only and (settings.again or not os.path.exists(self.path)):
+            return
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            self._file = os.fdopen(handle, "r+b", buffering=0)
+            if not read_only:
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+                self._file = os.fdopen(handle, "r+b", buffering=0)
             raw = b"\n"
-            with open(path, "rb") as lines:
+            with open(self.path, "rb") as lines:
                 for raw in lines:
                     self._read(raw)
-            if not raw.endswith(b"\n"):
+            if not raw.endswith(b"\n") and not read_only:
                 self._file.write(b"\n")
         except OSError as error:
-            raise Stop(f"ledger {path}: cannot be used ({error.strerror}): mend it, or choose "
+            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, or choose "
                        "another --workdir")
 
     def _read(self, raw: bytes) -> None:
@@ -1524,12 +1565,13 @@ class Teller:
             self._erase()
             show(sys.stdout, text)
 
-    def say(self, text: str) -> None:
-        """A warning, an error or a wait: a line on stderr and in the log."""
+    def say(self, text: str, drawing: str = "") -> None:
+        """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
         with self._lock:
             self.log(text)
             self._erase()
-            show(sys.stderr, f"dicomUpload: {text}")
+            for line in (f"dicomUpload: {text}", *drawing.splitlines()):
+                show(sys.stderr, line)
 
     def _erase(self) -> None:
         if self._shown:
@@ -1579,19 +1621,21 @@ class Teller:
                           f"{session.subject_label}")
         self.line()
 
-    def dry_run(self, plan: Plan, settings: Settings) -> None:
+    def dry_run(self, plan: Plan, ledger: Ledger, settings: Settings) -> None:
         """Every series with what would become of it, and whether there is room."""
-        for session, series in plan.pairs():
-            status = ("left out" if series.left_out else "cannot go" if series.problem
-                      else "would send" if series.files else "no DICOM")
-            junk = f"{series.not_dicom} not DICOM" if series.not_dicom else ""
-            good = f"{plural(series.files, 'file')}  {size(series.bytes)}" if series.files else ""
-            detail = series.left_out or series.problem or "  ".join(filter(None, (good, junk)))
-            self._series_line(session, series, status, detail)
+        for session in plan.sessions:
+            for tally in Journey(session, ledger.of(session), settings).tallies:
+                series = tally.series
+                detail = f"{plural(series.files, 'file')}  {size(series.bytes)}"
+                if series.not_dicom and series.files:
+                    detail += f"  ({series.not_dicom} not DICOM)"
+                self._series_line(session, series, tally.status or "would send",
+                                  tally.message or detail)
         folder = os.path.abspath(settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
-        self.line(f"\nFree for zips in {settings.workdir}: {size(shutil.disk_usage(folder).free)}")
+        self.line()
+        self.line(f"Free for zips in {settings.workdir}: {size(shutil.disk_usage(folder).free)}")
         self.line(f"Nothing was sent and nobody contacted. To send: {settings.command}")
 
     def _series_line(self, session: Session, series: Series, status: str, detail: str) -> None:
@@ -1655,9 +1699,11 @@ class Teller:
         words += [f"{ends[end]} {end}" for end in ("sent", "held back", "failed", "nothing to send")
                   if ends[end]]
         words += [f"{unfinished} not finished"] if unfinished else []
-        self.line(f"\n{'; '.join(words)}. {self._series['sent']} series, "
+        rate = self._bytes / max(seconds, 0.1) / 1e6
+        self.line()
+        self.line(f"{'; '.join(words)}. {self._series['sent']} series, "
                   f"{plural(self._files, 'file')}, {size(self._bytes)} "
-                  f"({size(self._zipped)} zipped) in {seconds:.0f} s ({self._bytes / max(seconds, 0.1) / 1e6:.1f} MB/s).")
+                  f"({size(self._zipped)} zipped) in {seconds:.0f} s ({rate:.1f} MB/s).")
         for failure in self.failures:
             self.line(f"Not there: {failure}")
         if self.failures or unfinished:
@@ -1682,9 +1728,9 @@ def show(stream: TextIO, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and bytes that are no text made visible."""
-    return "".join(each if each.isprintable() or each == "\n"
-                   else each.encode("unicode_escape").decode() for each in text)
+    """`text` with control characters, line breaks and bytes that are no text made visible."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode()
+                   for each in text)
 
 
 def cell(value: object) -> str:
@@ -1718,6 +1764,12 @@ class Parser(argparse.ArgumentParser):
     """Options whose errors are one line, like all others here."""
 
     def error(self, message: str) -> NoReturn:
+        # argparse repeats what it does not understand, and that may be a password.
+        words = message.partition("unrecognized arguments: ")[2].split()
+        if words or "explicit argument" in message:
+            names = [word.partition("=")[0] for word in words if re.match(r"--[a-z]|-.$", word)]
+            message = f"options {' '.join(names)}: unknown" if names else "arguments: too many"
+            message += " (if PASS begins with -, set XNAT_PASS and give - instead)"
         raise Stop(f"{message}: see --help", WRONG_CALL)
 
 
@@ -1788,30 +1840,26 @@ exit status:
     check(given)
     given.config = read_config(given.config) if given.config else ()
     given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
-    command = ["python3", sys.argv[0], *("-" if each == given.password else each for each in argv)]
+    shown = ("-" if each == given.password else each for each in argv)
+    command = ["python3", sys.argv[0], *(each for each in shown if each not in ("-n", "--dry-run"))]
     return Settings(**vars(given), command=shlex.join(command))
 
 
 def check(given: argparse.Namespace) -> None:
     """Raises Stop(2) for options that no upload can work with, before anything is done."""
-    rest = re.sub(r"^(https?:)?/*", "", given.url)
-    site = ("http://" if given.url.startswith("http:") else "https://") + rest.rpartition("@")[2]
     for name in ("url", "user", "password", "project"):  # curl's config cannot carry more
-        text = getattr(given, name)
-        if not text or re.search(r"[\x00-\x1f\x7f]", text) or not is_utf8(text):
-            refuse(name.upper(), "is empty, or holds a character that is no text")
-    if re.search(r"[\s?#]", given.url) or not rest:
-        refuse(f"URL {given.url}", "is no address: give it like https://xnat.example.org")
-    if "@" in rest.split("/")[0]:
-        refuse("URL", f"holds a login: give {site}, and the login as USER and PASS")
-    if not re.match(r"https?://[^/]", given.url):
-        refuse(f"URL {given.url}", f"is mistyped: do you mean {site}")
+        if not is_utf8(getattr(given, name)) or re.search(r"[\x00-\x1f\x7f]", getattr(given, name)):
+            refuse(name.upper(), "is empty, or holds a character that is no text: give it again")
+    for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
+        if getattr(given, name) == "":
+            refuse(f"--{name}", "is empty: give a name, or leave the option out")
+    given.url = check_url(given.url)
     for pattern in given.only:
         if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
             refuse(f"--only {pattern}", "is neither subject nor subject/session")
-    if given.cacert and not os.path.isfile(given.cacert):
+    if given.cacert is not None and not os.path.isfile(given.cacert):
         refuse(f"--cacert {given.cacert}", "is no file: give the CA's certificate in PEM form")
-    if not given.logname or os.sep in given.logname:
+    if os.sep in given.logname:
         refuse(f"--logname {given.logname}", "is no plain name: the folder is --workdir's")
     if not os.path.isdir(given.rootdir):
         what = "is a file" if os.path.exists(given.rootdir) else "does not exist"
@@ -1825,6 +1873,25 @@ def check(given: argparse.Namespace) -> None:
         refuse(f"--workdir {given.workdir}", "lies inside ROOTDIR: choose one outside")
 
 
+def check_url(text: str) -> str:
+    """The URL as it is used. Raises Stop(2) with the right form, and with no login in it."""
+    rest = re.sub(r"^((https?|ftps?)(:/*|/+)|/+)", "", text, flags=re.IGNORECASE).rpartition("@")[2]
+    right = ("http://" if re.match("http(?!s)", text, re.IGNORECASE) else "https://") + rest
+    if "@" in text:
+        refuse("URL", f"holds a login: give {right}, and the login as USER and PASS")
+    for each in (text, right, "https://xnat.example.org"):
+        try:
+            parts = urlsplit(each)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # brackets that do not close, a port that is no number
+            good = False
+        if good and not re.search(r"[\s?#]", each):
+            break
+    if each != text:
+        refuse(f"URL {text}", f"is mistyped: give it like {each}")
+    return right.rstrip("/")
+
+
 def refuse(thing: str, what: str) -> NoReturn:
     raise Stop(f"{thing}: {what}", WRONG_CALL)
 
@@ -1834,12 +1901,12 @@ def read_config(path: str) -> Tuple[str, ...]:
     thing, right = f"--config {path}", 'write {"Exclude": ["AAHEAD"]}'
     try:
         with open(path, encoding="utf-8-sig") as file:
-            config = json.load(file)
+            config = json.load(file, object_pairs_hook=no_key_twice)
     except OSError as error:
         refuse(thing, unreadable(error))
     except UnicodeDecodeError:
         refuse(thing, "is not UTF-8: save it as UTF-8 text")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         refuse(thing, f"is not JSON ({error}): mend it there")
     if not isinstance(config, dict) or not isinstance(config.get("Exclude", []), list):
         refuse(thing, f'has no list of names ({json.dumps(config)[:60]}): {right}')
@@ -1853,12 +1920,19 @@ def read_config(path: str) -> Tuple[str, ...]:
     return tuple(patterns)
 
 
+def no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """A JSON object, or ValueError where a second key would hide the first."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key twice in {json.dumps([key for key, _ in pairs])[:60]}")
+    return dict(pairs)
+
+
 def bytes_per_second(text: str) -> int:
     """5M, 500k or plain bytes per second."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.lower())
     value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
     if not value:
-        raise argparse.ArgumentTypeError(f"{text} is no rate: give bytes per second, 500k or 5M")
+        raise argparse.ArgumentTypeError("give bytes per second, such as 500k or 5M")
     return value
 
 
@@ -1866,7 +1940,7 @@ def at_least(least: int) -> Callable[[str], int]:
     """For argparse: a whole number from `least` on."""
     def number(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+            raise argparse.ArgumentTypeError(f"give a whole number from {least} on")
         return int(text)
 
     return number
@@ -1878,13 +1952,20 @@ def find_password(settings: Settings) -> Settings:
         return settings
     password = os.environ.get("XNAT_PASS", "")
     if not password:
+        host, user = urlsplit(settings.url).hostname or "", settings.user
         try:
-            entry = netrc.netrc().authenticators(urlsplit(settings.url).hostname or "")
-            if entry and entry[0] == settings.user:
+            entry = netrc.netrc().authenticators(host)
+            with open(os.path.expanduser("~/.netrc"), encoding="utf-8") as file:
+                # Of several logins on one machine Python's netrc keeps only the last.
+                found = re.search(rf"machine\s+{re.escape(host)}\s+login\s+{re.escape(user)}\s+"
+                                  r"password\s+(\S+)", file.read())
+            if entry and entry[0] == user:
                 password = entry[2] or ""
+            elif found:
+                password = found[1]
         except FileNotFoundError:
             pass
-        except (OSError, netrc.NetrcParseError) as error:
+        except (OSError, ValueError, netrc.NetrcParseError) as error:
             raise Stop(f"~/.netrc: cannot be used ({error}): mend it, or set XNAT_PASS",
                        WRONG_CALL)
     if not password and sys.stdin.isatty():
@@ -1915,9 +1996,9 @@ def upload(settings: Settings, teller: Teller) -> int:
     """One run from plan to summary; the exit status."""
     if settings.dry_run:
         plan = make_plan(settings, teller.log)
-        teller.plan(plan, [part for pair in plan.pairs() if not pair[1].problem
-                           for part in Memory().parts_left(*pair, settings.max_files)])
-        teller.dry_run(plan, settings)
+        ledger = Ledger(settings, settings.project, read_only=True)
+        teller.plan(plan, parts_to_send(plan, ledger, settings))
+        teller.dry_run(plan, ledger, settings)
         return SOME_FAILED if any(series.problem for _, series in plan.pairs()) else ALL_THERE
     settings = find_password(settings)
     workdir = Workdir(settings.workdir)
@@ -1937,15 +2018,19 @@ def upload(settings: Settings, teller: Teller) -> int:
         workdir.close()
 
 
+def parts_to_send(plan: Plan, ledger: Ledger, settings: Settings) -> List[Part]:
+    """All parts of the plan that are not on the server yet."""
+    return [part for session, series in plan.pairs() if not series.problem
+            for part in ledger.of(session).parts_left(session, series, settings.max_files)]
+
+
 def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
     """Send what is planned and not there yet, tell how it went; the exit status."""
     settings, teller = xnat.settings, xnat.teller
-    ledger = Ledger(os.path.join(workdir.path, "dicomUpload.ledger"), settings.url, xnat.project)
+    ledger = Ledger(settings, xnat.project)
     for session in plan.sessions if settings.again else ():
         ledger.add(session, "forget")
-    limit = settings.max_files
-    teller.plan(plan, [part for session, series in plan.pairs() if not series.problem
-                       for part in ledger.of(session).parts_left(session, series, limit)])
+    teller.plan(plan, parts_to_send(plan, ledger, settings))
     run = Run(plan, xnat, workdir, ledger)
     status = ALL_THERE
     try:
@@ -1981,7 +2066,7 @@ def main() -> int:
         stop_on_signals()
         return upload(read_options(sys.argv[1:]), teller)
     except Stop as stop:
-        teller.say(str(stop))
+        teller.say(str(stop), stop.drawing)
         return stop.status
     except OSError as error:
         teller.say(f"{error.filename or 'the system'}: {error.strerror}: mend it, then run again")
