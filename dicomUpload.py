@@ -971,11 +971,12 @@ class Xnat:
         """How the server holds a session before this run adds to it."""
         try:
             path = self._archive_path(session)
+            # First wait for a commit that an earlier run may have left going, then count.
+            standing = self.settled(memory.address) if memory.address else ""
             archived = self.count(path) or 0
-            if memory.address:
-                if self.settled(memory.address):
-                    return Standing("open")
-                # Gone from the prearchive: by a commit whose answer was lost, or by hand.
+            if standing:
+                return Standing("open")
+            if memory.address:  # gone: by a commit whose answer was lost, or by hand
                 there = archived >= memory.before + memory.files
                 return Standing("archived" if there else "lost", files=archived, path=path)
             if memory.owed:
@@ -1061,7 +1062,7 @@ class Xnat:
         most = None if held < 0 else memory.files + base
         # Files that replace their equals do not add to the count.
         replaced = held or self.settings.overwrite_files
-        least = max(memory.files, base) if replaced else memory.files + base
+        least = max(memory.files, held, memory.before) if replaced else memory.files + base
         counted = self.count(path) or 0
         doubles = copies(session) if counted < least else 0
         if doubles and counted == least - doubles:
@@ -1467,8 +1468,14 @@ class Run:
         tally.status_code = outcome.status
         here = journey.memory.address or outcome.address
         if outcome.address and outcome.address != here:
-            message = two_studies("session", [here, outcome.address])
-            outcome = replace(outcome, address="", message=message)
+            if self.settings.no_commit:
+                self.teller.say(f"{journey.session.label}: XNAT made a second session of it "
+                                f"({here}, {outcome.address}): its timer archived the first, as "
+                                "--no-commit risks, unless the folder holds more than one study")
+                here = outcome.address
+            else:
+                message = two_studies("session", [here, outcome.address])
+                outcome = replace(outcome, address="", message=message)
         if outcome.address:
             self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
                             files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
@@ -1555,8 +1562,13 @@ class Teller:
         """A line for the log only."""
         with self._lock:
             if self._log:
-                self._log.write(f"{now()} {printable(text)}\n")
-                self._log.flush()
+                try:
+                    self._log.write(f"{now()} {printable(text)}\n")
+                    self._log.flush()
+                except OSError as error:
+                    self._log = None  # so that this can be said
+                    raise Stop(f"log beside {self.report_path}: cannot be written "
+                               f"({error.strerror}): make room, then run again")
 
     def line(self, text: str = "") -> None:
         """A result: a line on stdout and in the log."""

@@ -101,11 +101,10 @@ class UploadTest(unittest.TestCase):
     def start(self, arguments: List[str], environment: Optional[Dict[str, str]] = None,
               **more: Any) -> "subprocess.Popen[str]":
         """Start the command and let it run; the test ends it."""
-        given: Dict[str, Any] = dict(
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            cwd=str(self.folder), env=sealed_environment(self.home, **(environment or {})),
-            universal_newlines=True, errors="surrogateescape")
-        given.update(more)
+        given: Dict[str, Any] = {
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+            "cwd": str(self.folder), "env": sealed_environment(self.home, **(environment or {})),
+            "universal_newlines": True, "errors": "surrogateescape", **more}
         process = subprocess.Popen(arguments, **given)
 
         def end() -> None:
