@@ -26,6 +26,7 @@ from tests.dicom import (README_TREE, dicom_file, dicomdir_file, digests, readme
                          write_series)
 from tests.support import (EXCLUSIONS, ROOT, SCRIPT, Ran, UploadTest, drop_root_rights, missing,
                            need)
+from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import Standin, User
 
 NOWHERE = "http://127.0.0.1:9"  # for calls that must end before anybody is contacted

@@ -11,80 +11,13 @@ import re
 import sys
 import threading
 import unittest
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple, Union
 
 from tests.dicom import digests, uid, write_series
-from tests.support import Ran, UploadTest
+from tests.support import Ran, UploadTest, slow
+from tests.support import load_tests as load_tests  # rows mostly wait: several at a time
 from tests.xnat_standin import Fault, Request, Session, Standin, User
-
-WIDTH = 8  # tests at a time
-
-
-# ---- Tests side by side ----------------------------------------------------------------------
-
-class Kept:
-    """A test result that keeps what it is told, to tell it to the real one later."""
-
-    failfast = False
-
-    def __init__(self) -> None:
-        self.told: List[Tuple[str, Tuple[Any, ...]]] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if not re.match("start|stop|add", name):
-            raise AttributeError(name)
-        return lambda *given: self.told.append((name, given))
-
-    def tell(self, result: unittest.TestResult) -> None:
-        for name, given in self.told:
-            if hasattr(result, name):
-                getattr(result, name)(*given)
-
-
-class SideBySide(unittest.TestSuite):
-    """Tests that need nobody's company, several at a time; the slow ones are begun first."""
-
-    def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
-        tests = list(leaves(self))
-        kept = [Kept() for _ in tests]
-        with ThreadPoolExecutor(WIDTH) as pool:
-            jobs = {}
-            for number in sorted(range(len(tests)), key=lambda number: not is_slow(tests[number])):
-                jobs[number] = pool.submit(tests[number].run, kept[number])  # type: ignore
-            for number in range(len(tests)):
-                if result.shouldStop:
-                    jobs[number].cancel()
-                else:
-                    jobs[number].result()
-                    kept[number].tell(result)
-        return result
-
-
-def leaves(suite: Iterable[Any]) -> Iterator[unittest.TestCase]:
-    """The tests in a suite of suites."""
-    for each in suite:
-        if isinstance(each, unittest.TestSuite):
-            yield from leaves(each)
-        else:
-            yield each
-
-
-def slow(test: Any) -> Any:
-    """Mark a test that takes long."""
-    test.slow = True
-    return test
-
-
-def is_slow(test: unittest.TestCase) -> bool:
-    return hasattr(getattr(test, test.id().rpartition(".")[2], None), "slow")
-
-
-def load_tests(_: Any, tests: unittest.TestSuite, __: Any) -> unittest.TestSuite:
-    """unittest asks for the tests of this module."""
-    return SideBySide([tests])
-
 
 # ---- A place for one run ---------------------------------------------------------------------
 

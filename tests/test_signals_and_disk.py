@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from tests.dicom import uid, write_series
 from tests.support import ROOT, Ran
+from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.test_fault_table import AGAIN, COMMIT, HELD, IMPORT, FaultTest
-from tests.test_fault_table import load_tests as load_tests  # this module's tests go side by side
 from tests.xnat_standin import Standin
 
 Process = "subprocess.Popen[str]"

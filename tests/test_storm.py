@@ -18,8 +18,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Set, Tuple
 
 from tests.dicom import uid, write_series
 from tests.support import Ran
+from tests.support import load_tests as load_tests  # seeds go side by side
 from tests.test_fault_table import HEALING
-from tests.test_fault_table import load_tests as load_tests  # seeds go side by side
 from tests.test_signals_and_disk import RunningTest as _RunningTest
 from tests.xnat_standin import Fault, Standin
 

@@ -1,0 +1,267 @@
+"""What may go side by side and what may not, read from the stand-in's log. No clock decides: where
+uploads have to meet, the stand-in holds the first ones until the others are there too."""
+
+import os
+import threading
+from typing import Any, Callable, Dict, List, Tuple
+
+from tests.dicom import uid, write_series
+from tests.support import UploadTest
+from tests.xnat_standin import Request, Standin
+
+IMPORT = "POST /data/services/import"
+TIMEOUT = 30  # seconds; only a failure takes so long
+CHANCE = 0.2  # seconds for which what must not happen is given the opportunity
+
+
+def overlap(one: Request, other: Request) -> bool:
+    """Whether two requests were in the server at the same time."""
+    return (one.started < (other.answered or float("inf"))
+            and other.started < (one.answered or float("inf")))
+
+
+def most_at_once(requests: List[Request]) -> int:
+    """How many of them were in the server at the same time, at most."""
+    return max(sum(each.started <= moment.started < (each.answered or float("inf"))
+                   for each in requests) for moment in requests)
+
+
+def label(request: Request) -> str:
+    return request.params["EXPT_LABEL"]
+
+
+def hold_until(server: Standin, condition: Callable[[], Any], skip: int = 0) -> None:
+    """No import is answered before the condition has been met once, but for the first `skip`."""
+    met = threading.Event()
+
+    def wait(_: str) -> bool:
+        if len(server.imports()) > skip and not met.is_set():
+            server.wait_for(lambda: met.is_set() or condition(), TIMEOUT)
+            met.set()
+        return False
+
+    server.knobs.reject = wait  # asked of every file, while it is imported
+
+
+def in_flight(server: Standin) -> int:
+    """How many imports are in the server now."""
+    return sum(each.answered is None for each in server.imports())
+
+
+def slow_down(server: Standin, count: int) -> None:
+    """Let so many imports take a little longer."""
+    server.fail("stall", IMPORT, times=count, seconds=CHANCE)
+
+
+class SpeedRules(UploadTest):
+    def grow(self, sessions: int = 1, series: int = 1, files: int = 1) -> None:
+        """A tree whose files' names tell their series."""
+        for session in range(1, sessions + 1):
+            for number in range(1, series + 1):
+                folder = self.root / "s{}".format(session) / "mr" / "series{}".format(number)
+                write_series(folder, study=uid("rules", session), number=number, files=files,
+                             name="%d-{:04d}.dcm" % number)
+
+    def send(self, server: Standin, *options: str) -> None:
+        """An upload that has to end well."""
+        ran = self.upload(server, *options, timeout=2 * TIMEOUT)
+        self.assertEqual(ran.status, 0, ran.text)
+
+    def zips_now(self) -> int:
+        """Zips, whole or in the making; the folder may go away meanwhile."""
+        return sum(name.endswith(".zip") or name.startswith("zi")
+                   for _, _, names in os.walk(str(self.work)) for name in names)
+
+    def assert_arrived(self, server: Standin, files: int) -> None:
+        """Every file is in the archive, was sent once, and no zip is left."""
+        self.assertEqual(sum(len(session.files) for session in server.archive.values()), files)
+        done = [each for each in server.imports() if each.status == 200]
+        self.assertEqual(sum(len(each.entries) for each in done), files)
+        self.assertEqual(self.zips(), [])
+
+    def assert_parts_in_order(self, server: Standin) -> None:
+        """Parts of one series came one after another, in the order of their files."""
+        series: Dict[Tuple[str, str], List[Request]] = {}
+        for request in server.imports():
+            series.setdefault((label(request), request.entries[0].split("-")[0]),
+                              []).append(request)
+        for parts in series.values():
+            done = [each for each in parts if each.status == 200]
+            sent = [name for part in done for name in part.entries]
+            self.assertEqual(sent, sorted(sent))
+            self.assertEqual(most_at_once(parts), 1)
+
+    def test_sessions_go_side_by_side_up_to_procs_and_never_more(self) -> None:
+        self.grow(sessions=6, series=2)
+        with self.xnat() as server:
+            hold_until(server, lambda: in_flight(server) == 4)
+            slow_down(server, 8)
+            self.send(server, "--procs", "4")
+            imports = server.imports()
+            self.assertEqual(most_at_once(imports), 4)
+            self.assertEqual(len({label(each) for each in imports[:4]}), 4)
+            self.assert_arrived(server, 12)
+
+    def test_procs_1_sends_strictly_one_after_another(self) -> None:
+        self.grow(sessions=2, series=2, files=2)
+        with self.xnat() as server:
+            slow_down(server, 3)
+            self.send(server, "--procs", "1", "--max-files", "1")
+            self.assertEqual(most_at_once(server.requests), 1)  # commits and questions too
+            self.assert_arrived(server, 8)
+
+    def test_series_of_one_session_go_one_by_one_before_1_8_8(self) -> None:
+        for version in ("1.7.6", "1.8.7.1"):
+            with self.subTest(version=version), self.xnat(version=version) as server:
+                self.setUp()
+                self.grow(series=4, files=2)
+                slow_down(server, 3)
+                self.send(server, "--procs", "4")
+                self.assertEqual(most_at_once(server.imports()), 1)
+                self.assert_arrived(server, 8)
+
+    def test_series_of_one_session_go_side_by_side_from_1_8_8_on(self) -> None:
+        for version in ("1.8.8", "1.10.2"):
+            with self.subTest(version=version), self.xnat(version=version) as server:
+                self.setUp()
+                self.grow(series=7, files=2)
+                hold_until(server, lambda: in_flight(server) == 3, skip=1)  # noqa: B023
+                slow_down(server, 5)
+                self.send(server, "--procs", "3")
+                first, *rest = server.imports()
+                for each in rest:  # the first answer makes the session
+                    self.assertGreaterEqual(each.started, first.answered)
+                self.assertEqual(most_at_once(rest), 3)
+                self.assert_arrived(server, 14)
+
+    def test_parts_of_a_series_go_in_order_and_never_overlap(self) -> None:
+        self.grow(sessions=2, series=2, files=7)
+        with self.xnat() as server:
+            hold_until(server, lambda: in_flight(server) == 4, skip=2)
+            self.send(server, "--procs", "4", "--max-files", "2")
+            self.assert_parts_in_order(server)
+            self.assertEqual(most_at_once(server.imports()), 4)
+            self.assert_arrived(server, 28)
+
+    def test_a_part_that_is_tried_again_keeps_its_place(self) -> None:
+        self.grow(series=2, files=6)
+        with self.xnat() as server:
+            server.fail("late status", IMPORT, skip=2, status=502)
+            self.send(server, "--procs", "4", "--max-files", "2")
+            self.assertEqual([each.status for each in server.imports()].count(502), 1)
+            self.assert_parts_in_order(server)
+            self.assert_arrived(server, 12)
+
+    def test_no_part_follows_one_that_was_refused(self) -> None:
+        self.grow(series=1, files=8)
+        with self.xnat() as server:
+            server.fail("error page", IMPORT, skip=1, status=400, text="unable to read DICOM")
+            ran = self.upload(server, "--procs", "4", "--max-files", "2")
+            self.assertEqual(ran.status, 1, ran.text)
+            self.assertEqual([each.status for each in server.imports()], [200, 400])
+            self.assertEqual(server.commits(), [])
+            self.assertEqual(self.zips(), [])
+
+    def test_nothing_is_sent_into_a_session_that_is_being_committed(self) -> None:
+        self.grow(sessions=4, series=3, files=2)
+        with self.xnat(archive_seconds=CHANCE) as server:
+            slow_down(server, 4)
+            self.send(server, "--procs", "4")
+            self.assertEqual(len(server.commits()), 4)
+            for commit in server.commits():
+                own = [each for each in server.imports() if each.address.strip() == commit.path]
+                self.assertEqual(sum(len(each.entries) for each in own), 6)
+                for each in own:
+                    self.assertFalse(overlap(each, commit), (each, commit))
+            self.assert_arrived(server, 24)
+
+    def test_other_sessions_go_on_while_one_is_committed(self) -> None:
+        self.grow(sessions=2)
+        with self.xnat() as server:
+            # The one is answered when both are there, the other when a commit is there.
+            hold_until(server, lambda: in_flight(server) == 2)
+            server.fail("stall", IMPORT, seconds=CHANCE)
+            wait = server.knobs.reject
+
+            def wait_longer(description: str) -> bool:
+                wait(description)  # type: ignore[operator]
+                if server.imports()[-1].answered is None and once.acquire(blocking=False):
+                    server.wait_for(server.commits, TIMEOUT)
+                return False
+
+            once = threading.Lock()
+            server.knobs.reject = wait_longer
+            self.send(server, "--procs", "2")
+            early, late = sorted(server.commits(), key=lambda each: each.started)
+            last = max(server.imports(), key=lambda each: each.answered or 0)
+            self.assertTrue(overlap(early, last), (early, last))
+            self.assertFalse(overlap(late, last), (late, last))
+            self.assert_arrived(server, 2)
+
+    def test_no_post_has_more_files_than_max_files(self) -> None:
+        self.grow(series=2, files=11)
+        with self.xnat() as server:
+            self.send(server, "--max-files", "4")
+            self.assertLessEqual(max(len(each.entries) for each in server.imports()), 4)
+            self.assert_arrived(server, 22)
+
+    def test_the_default_is_500_files_a_post_and_four_posts_at_once(self) -> None:
+        self.grow(sessions=5)
+        write_series(self.root / "s6" / "mr" / "long", study=uid("long"), files=501, rows=1,
+                     columns=1, name="1-{:04d}.dcm")
+        with self.xnat() as server:
+            hold_until(server, lambda: in_flight(server) == 4)
+            self.send(server)
+            self.assertEqual(most_at_once(server.imports()), 4)
+            self.assertLessEqual(max(len(each.entries) for each in server.imports()), 500)
+            self.assert_parts_in_order(server)
+            self.assert_arrived(server, 506)
+
+    def test_the_workdir_never_holds_more_zips_than_procs(self) -> None:
+        for procs in (1, 3):
+            with self.subTest(procs=procs), self.xnat() as server:
+                self.setUp()
+                self.grow(sessions=4, series=2, files=4)
+                hold_until(server, lambda: in_flight(server) == procs)  # noqa: B023
+                slow_down(server, 4)
+                seen: List[int] = []
+                over = threading.Event()
+
+                def watch() -> None:
+                    while not over.is_set():  # noqa: B023
+                        seen.append(self.zips_now())  # noqa: B023
+                        with server.changed:  # noqa: B023
+                            server.changed.wait(0.005)  # noqa: B023
+
+                watcher = threading.Thread(target=watch)
+                watcher.start()
+                try:
+                    self.send(server, "--procs", str(procs), "--max-files", "2")
+                finally:
+                    over.set()
+                    watcher.join()
+                self.assertEqual(max(seen), procs)
+                self.assert_arrived(server, 32)
+
+    def test_a_zip_is_gone_once_its_part_is_answered(self) -> None:
+        self.grow(series=2, files=3)
+        seen: List[int] = []
+
+        def look(_: str) -> bool:
+            seen.append(self.zips_now())
+            return False
+
+        with self.xnat(reject=look) as server:
+            self.send(server, "--procs", "1", "--max-files", "1")
+            self.assertEqual(seen, [1] * 6)
+            self.assert_arrived(server, 6)
+
+    def test_faults_do_not_make_it_send_more_at_once(self) -> None:
+        self.grow(sessions=5, series=2)
+        with self.xnat() as server:
+            server.fail("status", IMPORT, times=2, status=502)
+            server.fail("close", IMPORT)
+            slow_down(server, 6)
+            self.send(server, "--procs", "3")
+            self.assertLessEqual(most_at_once(server.imports()), 3)
+            self.assert_arrived(server, 10)
