@@ -188,6 +188,7 @@ class Outcome:
     seconds: float = 0.0
     tries: int = 0
     status: int = 0
+    moved: bool = False  # the session's earlier parts have left the prearchive meanwhile
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,6 @@ class Standing:
     files: int = 0  # counted by the server
     owed: int = 0  # what it should have counted, where it did not
     path: str = ""  # where it was counted
-    held: Dict[str, int] = field(default_factory=dict)  # counts of old prearchive sessions
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,8 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
         claim(owners, "subject", clean_label(subject).lower(), folder)
         try:
             names = subfolders(folder, strays)
-        except OSError as error:
-            sessions.append(closed_folder(subject, "", error))
-            continue
+        except OSError:
+            names = [""]  # a session without a name stands for it, and fails
         for name in names:
             claim(owners, "session", clean_label(f"{subject}_{name}"), os.path.join(folder, name))
             if chosen(subject, name, settings.only):
@@ -270,21 +269,15 @@ def subfolders(folder: str, strays: List[str]) -> List[str]:
     names = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not (is_folder(entry) or entry.is_symlink() and not os.path.exists(entry.path)):
-                strays.append(entry.path)
-            elif leads_back(entry):
+            try:
+                good = entry.is_dir() and not leads_back(entry)
+            except OSError:  # a link that goes round in circles
+                good = True
+            if not good and not (entry.is_symlink() and not os.path.exists(entry.path)):
                 strays.append(entry.path)
             elif not entry.name.startswith("."):
                 names.append(entry.name)
     return sorted(names)
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether this is a folder, or a link that goes round in circles."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return True
 
 
 def leads_back(entry: os.DirEntry[str]) -> bool:
@@ -315,24 +308,16 @@ def chosen(subject: str, name: str, only: List[str]) -> bool:
         for of_subject, _, of_session in (pattern.partition("/") for pattern in only))
 
 
-def closed_folder(subject: str, name: str, error: OSError) -> Session:
-    """A session that stands for a folder nobody can look into, so that it counts as failed."""
-    label = clean_label(f"{subject}_{name}" if name else subject)
-    series = Series("(folder)", "", problem=f"the folder {unreadable(error)}")
-    return Session(f"{subject}/{name}", clean_label(subject), label, (series,))
-
-
 def read_session(subject: str, name: str, settings: Settings, strays: List[str],
                  note: Callable[[str], None]) -> Session:
     """Look into every series folder of one session."""
     folder = os.path.join(settings.rootdir, subject, name)
     try:
-        names = subfolders(folder, strays)
+        series = tuple(read_series(each, os.path.join(folder, each), settings.config, note)
+                       for each in subfolders(folder, strays))
     except OSError as error:
-        return closed_folder(subject, name, error)
-    series = tuple(read_series(each, os.path.join(folder, each), settings.config, note)
-                   for each in names)
-    label = clean_label(f"{subject}_{name}")
+        series = (Series("(folder)", folder, problem=f"the folder {unreadable(error)}"),)
+    label = clean_label(f"{subject}_{name}" if name else subject)
     return Session(f"{subject}/{name}", clean_label(subject), label, series)
 
 
@@ -361,10 +346,11 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
     folders = [""]
     links: List[str] = []
     while folders or links:
-        inside = folders.pop() if folders else links.pop(0)
+        linked = not folders
+        inside = links.pop(0) if linked else folders.pop()
         try:
             info = os.stat(os.path.join(folder, inside))
-            if (info.st_dev, info.st_ino) in seen:
+            if linked and (info.st_dev, info.st_ino) in seen:
                 junk.append(f"{inside} (a link to a folder that is read already)")
                 continue
             seen.add((info.st_dev, info.st_ino))
@@ -578,7 +564,7 @@ class Workdir:
         self._room = threading.Condition()
         self._promised = 0
         try:
-            os.makedirs(self.zips, exist_ok=True)
+            os.makedirs(self.path, exist_ok=True)
             self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -588,6 +574,7 @@ class Workdir:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a share without locks will do
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another "
                            "--workdir")
+        os.makedirs(self.zips, exist_ok=True)
         self.empty()
 
     def empty(self) -> None:
@@ -696,6 +683,7 @@ BUSY_STATUS = frozenset((408, 429, 502, 503, 504))
 BUSY_WORDS = re.compile(
     "concurrent file sends|session processing in progress|concurrent modification is discouraged"
     "|duplicate archive attempt|destination session in use", re.IGNORECASE)
+BUILD_INFO = "/xapi/siteConfig/buildInfo"
 ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
 # What to do about a refusal, by XNAT's own words (xnat.md 3, 6.2).
 REMEDIES = (
@@ -718,8 +706,9 @@ class Xnat:
         self.programs = programs
         self.teller = teller
         self.project = settings.project
+        self.project_path = f"/data/projects/{quote(settings.project, safe='')}"
         self.version = ""
-        self.old_rows: Dict[str, List[str]] = {}  # prearchive addresses of earlier days, by label
+        self.replaces = settings.overwrite_files  # whether XNAT replaces files it has
         self._cookie = ""
         self._numbers = itertools.count(1)
 
@@ -738,7 +727,7 @@ class Xnat:
                    "--include", "--suppress-connect-headers", "--write-out", "\n%{http_code}"]
         # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
         command += ["--connect-timeout", "30", "--speed-limit", "1",
-                    "--speed-time", str(settings.timeout)]
+                    "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
         command += ["--max-time", str(seconds)] if seconds else []
         command += ["--cacert", settings.cacert] if settings.cacert else []
         command += ["--insecure"] if settings.insecure else []
@@ -788,7 +777,7 @@ class Xnat:
     def wait_to_heal(self, about: str, verdict: Verdict, tries: int) -> None:
         """Announce a wait that grows with the tries, and wait."""
         # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes.
-        pause = max(verdict.wait or 0.0, 3.0 ** (tries - 1)) * random.uniform(1.0, 1.3)
+        pause = max(verdict.wait or 0.0, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
         self.teller.say(f"{about}: {verdict.message}; trying again in {pause:.0f} s "
                         f"({tries} of {self.settings.retries})")
         self.pause(pause)
@@ -800,7 +789,7 @@ class Xnat:
 
     def is_there(self) -> bool:
         """Whether anything that could be a working XNAT answers."""
-        answer = self.ask("GET", "/xapi/siteConfig/buildInfo", seconds=30)
+        answer = self.ask("GET", BUILD_INFO, seconds=30)
         return answer.code == 0 and answer.status not in BUSY_STATUS
 
     def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
@@ -811,7 +800,7 @@ class Xnat:
             return None
         try:
             return json.loads(answer.body if answer.status == 200 else "")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}")
 
     def rows(self, path: str, query: Optional[Dict[str, str]] = None
@@ -833,26 +822,26 @@ class Xnat:
         XNAT itself refuses none of this at import: a wrong project gives 200 and the data goes
         into another one or to Unassigned (xnat.md 4.3, 7).
         """
-        answer = self.ask("POST", "/data/JSESSION")
-        if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]+\s*$", answer.body):
+        answer = self.ask("POST", "/data/JSESSION", seconds=60)
+        if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(self.refusal(answer))
         self._cookie = answer.body.strip()
-        with suppress(ValueError, AttributeError):  # without it series of a session go one by one
-            info = json.loads(self.ask("GET", "/xapi/siteConfig/buildInfo", seconds=30).body)
+        # Without a version the series of a session go one by one.
+        with suppress(ValueError, AttributeError, RecursionError):
+            info = json.loads(self.ask("GET", BUILD_INFO, seconds=30).body)
             self.version = str(info.get("version", ""))
         try:
             self.project = self._find_project()
+            self.project_path = f"/data/projects/{quote(self.project, safe='')}"
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}")
-        with suppress(Trouble):  # without it only the counts of joined sessions are less sure
-            for row in self.rows(f"/data/prearchive/projects/{quote(self.project, safe='')}") or []:
-                address = "/data" + row.get("url", "")
-                self.old_rows.setdefault(address.rpartition("/")[2], []).append(address)
+        with suppress(Trouble):
+            self.replaces |= self.get(f"{self.project_path}/prearchive_code") == 5
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
         wanted, user = self.settings.project, self.settings.user
-        found = self.get(f"/data/projects/{quote(wanted, safe='')}")
+        found = self.get(self.project_path)
         if found is None:
             raise Stop(f"project {wanted}: not on this XNAT, or {user} cannot see it: check its ID")
         try:
@@ -871,7 +860,7 @@ class Xnat:
 
     def close(self) -> None:
         """Give the server session back: a user has a limited number of them."""
-        self.ask("DELETE", "/data/JSESSION", seconds=5)
+        self.ask("DELETE", "/data/JSESSION", seconds=3)
 
     # What answers mean
 
@@ -944,8 +933,11 @@ class Xnat:
 
     # One part
 
-    def send(self, part: Part, workdir: Workdir) -> Outcome:
-        """Pack one part and POST it until it is sent, refused or out of tries (xnat.md 1, 2)."""
+    def send(self, part: Part, workdir: Workdir, address: str) -> Outcome:
+        """Pack one part and POST it until it is sent, refused or out of tries (xnat.md 1, 2).
+
+        `address` is where the session's earlier parts lie.
+        """
         session, started = part.session, time.monotonic()
         query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
                  "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
@@ -956,39 +948,39 @@ class Xnat:
         try:
             with workdir.room_for(files) as zipped:
                 pack(part.series, files, zipped, self.settings.compression, self.programs)
+                zip_size = os.path.getsize(zipped)
                 answer, verdict, tries = self.ask_until(
                     f"{session.label} {part.series.name}",
                     lambda: self.ask("POST", "/data/services/import", query, zipped),
                     lambda answer: self.judge_part(answer, part))
-                return Outcome(verdict.address, verdict.message, os.path.getsize(zipped),
-                               time.monotonic() - started, tries, answer.status)
-        except Trouble as trouble:
+            moved = verdict.address and address and verdict.address != address
+            return Outcome(verdict.address, verdict.message, zip_size, time.monotonic() - started,
+                           tries, answer.status, bool(moved) and not self.settled(address))
+        except (Trouble, OSError) as trouble:
             return Outcome(message=str(trouble), seconds=time.monotonic() - started)
 
     # A whole session
 
-    def look(self, session: Session, memory: Memory) -> Standing:
-        """How the server holds a session before this run adds to it."""
+    def look(self, session: Session, memory: Memory, to_send: bool) -> Standing:
+        """How the server holds a session before this run does anything to it."""
         try:
-            path = self._archive_path(session)
             # First wait for a commit that an earlier run may have left going, then count.
-            standing = self.settled(memory.address) if memory.address else ""
-            archived = self.count(path) or 0
-            if standing:
+            if memory.address and self.settled(memory.address):
                 return Standing("open")
-            if memory.address:  # gone: by a commit whose answer was lost, or by hand
-                there = archived >= memory.before + memory.files
-                return Standing("archived" if there else "lost", files=archived, path=path)
-            if memory.owed:
-                return judge_count(memory.ended, self.count(memory.path) or 0, memory.owed,
-                                   None, memory.path)
-            held = {}
-            for address in self.old_rows.get(session.label, []):  # XNAT may join them (xnat.md 5)
-                if self.settled(address):
-                    count = self.count(address)
-                    held[address] = -1 if count is None else count  # None: not built yet
-            return Standing("new", files=archived, held=held)
-        except Trouble as trouble:
+            path = self._archive_path(session)
+            if memory.address:  # gone: by a commit whose answer was lost, by a timer, or by hand
+                standing = self._verify(session, memory, "archived", path)
+                lost = standing.message and standing.files <= memory.before
+                return Standing("lost", files=standing.files) if lost else standing
+            if to_send:
+                return Standing("new", files=self.count(path) or 0)
+            if memory.ended == "prearchived" and not self.settled(memory.path):
+                standing = self._verify(session, memory, "archived", path)
+                return standing if not standing.message else Standing(
+                    message="it was left for review, and is neither in the prearchive nor in the "
+                    "archive any more: --again sends it anew")
+            return self._verify(session, memory, memory.ended, memory.path)
+        except (Trouble, OSError) as trouble:
             return Standing(message=str(trouble))
 
     def commit(self, session: Session, memory: Memory) -> Standing:
@@ -999,17 +991,23 @@ class Xnat:
         try:
             for tries in itertools.count(1):
                 answer = self.ask("POST", address, query)
-                if answer.status == 301 and "/data/archive/" in answer.body:
-                    return self._verify(session, memory, "archived")
+                found = re.search(r"/data/archive(/projects/\S+)", answer.body)
+                if answer.status == 301 and found:  # the subject's label may differ in case
+                    return self._verify(session, memory, "archived", "/data" + found[1])
                 if answer.status == 200 and "/data/prearchive/" in answer.body:
-                    return self._verify(session, memory, "prearchived")
-                verdict = self.judge(answer)
+                    return self._verify(session, memory, "prearchived", address)
+                verdict = Verdict() if answer.status == 301 else self.judge(answer)
                 if verdict.stop:
                     raise Stop(verdict.message)
                 # Refused, or the answer was lost on the way while XNAT went on: look.
                 status = self.settled(address)
                 if not status:
-                    return self._verify(session, memory, "gone")
+                    path = self._archive_path(session)
+                    standing = self._verify(session, memory, "archived", path)
+                    if standing.message and standing.files <= memory.before:
+                        standing = Standing(message="it is gone from the prearchive, and XNAT's "
+                                            "archive does not have it: run again to send it again")
+                    return standing
                 lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
                 again = lost and status in ("RECEIVING", "READY")
                 if not again or tries > self.settings.retries:
@@ -1019,12 +1017,11 @@ class Xnat:
             if lost:  # XNAT keeps the reason
                 answer = self.ask("GET", address + "/logs/last")
             return Standing(message=f"XNAT did not archive it ({said(answer)}): {remedy(answer)}")
-        except Trouble as trouble:
+        except (Trouble, OSError) as trouble:
             return Standing(message=str(trouble))
 
     def _archive_path(self, session: Session) -> str:
-        return (f"/data/projects/{quote(self.project, safe='')}/subjects/{session.subject_label}"
-                f"/experiments/{session.label}")
+        return f"{self.project_path}/subjects/{session.subject_label}/experiments/{session.label}"
 
     def settled(self, address: str) -> str:
         """Status of a prearchive session once nothing works on it; '' if it is not there."""
@@ -1034,7 +1031,8 @@ class Xnat:
             # _BUILDING, ARCHIVING, QUEUED_ARCHIVING, MOVING ...: nobody may touch it (xnat.md 5)
             if not status.startswith("_") and (not status.endswith("ING") or status == "RECEIVING"):
                 return status
-            self.teller.log(f"{address} is {status}: waiting")
+            if wait == 2.0:
+                self.teller.say(f"{address}: XNAT is at work on it ({status}): waiting")
             self.pause(wait)
         raise Trouble(f"XNAT is still at work on it ({address} is {status}): run again later")
 
@@ -1054,25 +1052,30 @@ class Xnat:
                     total += int(count)
         return total
 
-    def _verify(self, session: Session, memory: Memory, where: str) -> Standing:
-        """Compare the server's count with what was sent and what was there before."""
-        path = memory.address if where == "prearchived" else self._archive_path(session)
-        held = memory.held.get(memory.address, 0)
-        base = max(held, 0) + (memory.before if where != "prearchived" else 0)
-        most = None if held < 0 else memory.files + base
-        # Files that replace their equals do not add to the count.
-        replaced = held or self.settings.overwrite_files
-        least = max(memory.files, held, memory.before) if replaced else memory.files + base
+    def _verify(self, session: Session, memory: Memory, where: str, path: str) -> Standing:
+        """Compare the server's count with what was sent, and what was there before."""
+        least = memory.files_sent(session, memory.address or memory.path)
+        if where == "archived":
+            # What it replaces does not add to the count; all that was ever sent must be there.
+            added = 0 if self.replaces or not memory.address else least
+            least = max(memory.files_sent(session), memory.before + added)
         counted = self.count(path) or 0
         doubles = copies(session) if counted < least else 0
-        if doubles and counted == least - doubles:
-            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image "
-                            "to others of the session: XNAT keeps one of each")
+        if doubles and counted >= least - doubles:
+            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image to "
+                            "others of the session: XNAT keeps one of each")
             least = counted
-        if where == "gone" and counted < least:
-            return Standing(message=f"it is gone from the prearchive, and XNAT's archive counts "
-                            f"{counted} files where {least} should be: run again to send it again")
-        return judge_count("archived" if where == "gone" else where, counted, least, most, path)
+        # More can only be what was there before, or an earlier state of the folder.
+        ever = sum(stop - start for parts in memory.sent.values() for _, start, stop, _ in parts)
+        strange = memory.address and not memory.before and ever == least
+        if counted < least or counted > least and strange:
+            return Standing(where, f"{where}, but XNAT counts {counted} files where {least} should "
+                            f"be: compare {path} with the folder (an import filter may drop some, "
+                            "others may have sent some)", counted, least, path)
+        if counted > least:
+            self.teller.say(f"{session.label}: XNAT counts {counted} files, {counted - least} more "
+                            "than the folder: they were there before, or came from elsewhere")
+        return Standing(where, files=counted, path=path)
 
 
 def quoted(text: str) -> str:
@@ -1144,18 +1147,10 @@ def copies(session: Session) -> int:
     for series in session.series:
         for name, _, _ in series.listing():
             instance = SOP_INSTANCE.search(first_bytes(os.path.join(series.folder, name)))
-            seen.add((os.path.basename(name), instance[1] if instance else name))
+            stored = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(name))
+            seen.add((stored, instance[1] if instance else name))
             total += 1
     return total - len(seen)
-
-
-def judge_count(where: str, counted: int, least: int, most: Optional[int], path: str) -> Standing:
-    """Whether the server counts as many files as it should."""
-    if least <= counted and (most is None or counted <= most):
-        return Standing(where, files=counted, path=path)
-    message = (f"{where}, but XNAT counts {counted} files where {least} should be: compare {path} "
-               "with the folder (an import filter may drop some)")
-    return Standing(where, message, counted, least, path)
 
 
 # ---- ledger --------------------------------------------------------------------------------
@@ -1168,9 +1163,7 @@ class Memory:
     # By series: fingerprint, start, stop and address of each part that is sent.
     sent: Dict[str, List[Tuple[str, int, int, str]]] = field(default_factory=dict)
     address: str = ""  # where this round's parts lie until they are committed
-    files: int = 0  # how many of them
     before: int = 0  # what the archive held before this round
-    held: Dict[str, int] = field(default_factory=dict)  # and old prearchive sessions; -1 unknown
     ended: str = ""  # archived or prearchived
     path: str = ""  # where that is read
     owed: int = 0  # what it should have counted, where it did not
@@ -1187,6 +1180,12 @@ class Memory:
             at = max(at, stop)
         return parts
 
+    def files_sent(self, session: Session, address: str = "") -> int:
+        """How many files of the session, as they are now, were sent, at all or to `address`."""
+        return sum(stop - start for series in session.series
+                   for mark, start, stop, place in set(self.sent.get(series.name, []))
+                   if mark == series.fingerprint and address in ("", place))
+
     def has_changed(self, series: Series) -> bool:
         """Whether other files of this series were sent before."""
         return any(each[0] != series.fingerprint for each in self.sent.get(series.name, []))
@@ -1194,18 +1193,17 @@ class Memory:
     def take(self, event: str, line: Dict[str, Any]) -> None:
         """Take in one event of the ledger."""
         if event == "opened":
-            self.before, self.held = line["before"], line["held"]
+            self.before = line["before"]
         elif event == "sent":
             part = (line["files"], line["from"], line["to"], line["address"])
             self.sent.setdefault(line["series"], []).append(part)
             self.address, self.ended, self.owed = line["address"], "", 0
-            self.files += line["to"] - line["from"]
         elif event == "lost":
             for name, parts in self.sent.items():
                 self.sent[name] = [each for each in parts if each[3] != self.address]
-            self.address, self.files = "", 0
+            self.address = ""
         elif event in ("archived", "prearchived"):
-            self.address, self.files, self.ended = "", 0, event
+            self.address, self.ended = "", event
             self.path, self.owed = line["path"], line["owed"]
 
 
@@ -1301,8 +1299,10 @@ class Journey:
         self.message = ""  # why the session as a whole failed
         self.verified = 0  # files that the server counted
         self.tallies = self.take_stock()
-        to_send = any(tally.parts for tally in self.tallies)
-        self.looked = not (memory.address or memory.owed or to_send)
+        # What was left for review, or was short, is counted again by each run.
+        self.to_send = any(tally.parts for tally in self.tallies)
+        unsure = memory.address or memory.owed or memory.ended == "prearchived"
+        self.looked = not (self.to_send or unsure)
 
     def take_stock(self) -> List[Tally]:
         """Which parts of which series are left to send."""
@@ -1402,13 +1402,14 @@ class Run:
         kind, tally = journey.next_job(self.xnat.takes_side_by_side())
         session, memory = journey.session, journey.memory
         if kind == "look":
-            self._submit(journey, lambda: self.xnat.look(session, memory), self._looked)
+            self._submit(journey, lambda: self.xnat.look(session, memory, journey.to_send),
+                         self._looked)
         elif kind == "commit":
             self._submit(journey, lambda: self.xnat.commit(session, memory), self._settle)
         elif tally:
             part = tally.parts.popleft()
             tally.busy = True
-            self._submit(journey, lambda: self.xnat.send(part, self.workdir),
+            self._submit(journey, lambda: self.xnat.send(part, self.workdir, memory.address),
                          lambda journey, outcome: self._sent(journey, tally, part, outcome))
         return bool(kind)
 
@@ -1440,8 +1441,7 @@ class Run:
             self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
             journey.tallies = journey.take_stock()
         if standing.where in ("archived", "lost", "new"):
-            self.ledger.add(session, "opened", before=standing.files,
-                            held=standing.held)
+            self.ledger.add(session, "opened", before=standing.files)
         self._tell_known(journey)
 
     def _settle(self, journey: Journey, standing: Standing) -> None:
@@ -1466,16 +1466,14 @@ class Run:
         tally.seconds += outcome.seconds
         tally.tries += outcome.tries
         tally.status_code = outcome.status
-        here = journey.memory.address or outcome.address
+        session, here = journey.session, journey.memory.address or outcome.address
+        if outcome.moved:
+            self.teller.say(f"{session.label}: XNAT archived what was sent before by itself")
+            self.ledger.add(session, "archived", files=0, owed=0, path="")
+            here = outcome.address
         if outcome.address and outcome.address != here:
-            if self.settings.no_commit:
-                self.teller.say(f"{journey.session.label}: XNAT made a second session of it "
-                                f"({here}, {outcome.address}): its timer archived the first, as "
-                                "--no-commit risks, unless the folder holds more than one study")
-                here = outcome.address
-            else:
-                message = two_studies("session", [here, outcome.address])
-                outcome = replace(outcome, address="", message=message)
+            message = two_studies("session", [here, outcome.address])
+            outcome = replace(outcome, address="", message=message)
         if outcome.address:
             self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
                             files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
@@ -1488,6 +1486,8 @@ class Run:
             tally.status, tally.message = "not sent", outcome.message
         if tally.status:
             self.teller.series(journey.session, tally)
+        else:
+            self.teller.progress()
 
     def _close_if_over(self, journey: Journey) -> None:
         """Say how a session ended for which nothing is left to do."""
@@ -1593,7 +1593,9 @@ class Teller:
 
     def progress(self) -> None:
         """The one moving line, on a terminal only."""
-        if self._moves:
+        with self._lock:
+            if not self._moves:
+                return
             series, total = self._goal
             rate = self._bytes / max(1.0, time.monotonic() - self._started)
             left = (total - self._bytes) / rate if rate else 0
@@ -1852,8 +1854,9 @@ exit status:
     check(given)
     given.config = read_config(given.config) if given.config else ()
     given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
-    shown = ("-" if each == given.password else each for each in argv)
-    command = ["python3", sys.argv[0], *(each for each in shown if each not in ("-n", "--dry-run"))]
+    command = ["python3", sys.argv[0], *argv]
+    command[command.index(given.password, command.index(given.user) + 1)] = "-"
+    command = [each for each in command if each not in ("-n", "--dry-run", "--again")]
     return Settings(**vars(given), command=shlex.join(command))
 
 
@@ -1901,7 +1904,8 @@ def check_url(text: str) -> str:
             break
     if each != text:
         refuse(f"URL {text}", f"is mistyped: give it like {each}")
-    return right.rstrip("/")
+    site, slash, path = right.partition("://")[2].partition("/")
+    return f"{right.partition('://')[0]}://{site.lower()}{slash}{path}".rstrip("/")
 
 
 def refuse(thing: str, what: str) -> NoReturn:
@@ -1981,7 +1985,8 @@ def find_password(settings: Settings) -> Settings:
             raise Stop(f"~/.netrc: cannot be used ({error}): mend it, or set XNAT_PASS",
                        WRONG_CALL)
     if not password and sys.stdin.isatty():
-        password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
+        with suppress(EOFError):
+            password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
     if not password or re.search(r"[\x00-\x1f\x7f]", password):
         raise Stop("PASS -: no password was found that could be sent: set XNAT_PASS, or write it "
                    "into ~/.netrc", WRONG_CALL)
@@ -2051,6 +2056,9 @@ def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
     except Stop as stop:
         teller.say(str(stop))
         status = stop.status
+        xnat.programs.stopping.clear()  # all has ended; only the server session is to be closed
+        with suppress(Stop, Trouble):
+            xnat.close()
     ledger.close()
     run.tell_rest()
     teller.summary(run)
@@ -2073,6 +2081,9 @@ def stop_on_signals() -> None:
 
 def main() -> int:
     """Run the program; the exit status."""
+    os.umask(0o077)  # zips, ledger, log and report are nobody else's business
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a daemon may have closed them
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     teller = Teller()
     try:
         stop_on_signals()
@@ -2080,6 +2091,9 @@ def main() -> int:
     except Stop as stop:
         teller.say(str(stop), stop.drawing)
         return stop.status
+    except Trouble as trouble:
+        teller.say(str(trouble))
+        return STOPPED
     except OSError as error:
         teller.say(f"{error.filename or 'the system'}: {error.strerror}: mend it, then run again")
         return STOPPED

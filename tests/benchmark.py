@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from tests.dicom import uid, write_series, dicom_file
+from tests.dicom import dicom_file, uid, write_series
 from tests.support import ROOT, SCRIPT, sealed_environment
 
 PART = 500  # files; --max-files of dicomUpload.py
@@ -413,8 +413,8 @@ def compare(condition: Condition, rounds: int, small: bool, scratch: Path,
         show(results, size)
         if condition.memory and sys.platform == "linux":
             usage = turn("this", server, root, files, scratch, venvs, watched=True)[0].usage
-            print("  memory of this: Python %.0f MB, all its processes %.0f MB; zips in the workdir:"
-                  " at most %d, %.1f MB" % (usage.own / MB, usage.tree / MB, usage.zips,
+            print("  memory of this: Python %.0f MB, all its processes %.0f MB; at most %d zips in "
+                  "the workdir, %.1f MB" % (usage.own / MB, usage.tree / MB, usage.zips,
                                             usage.disk / MB))
     return results
 
@@ -447,9 +447,12 @@ def show(results: Dict[str, Result], size: int) -> None:
 def plan_many(small: bool, scratch: Path) -> None:
     """Plan 10,000 sessions of ten series, then find all of them in the ledger."""
     sessions = 300 if small else 10000
-    contents = [dicom_file(study="1.2", series="1.2.%d" % number, number=number, rows=1, columns=1)
-                for number in range(10)]
-    with fresh(scratch / "tree") as root, fresh(scratch / "work") as work, Server("--drain") as xnat:
+    contents = [dicom_file(study="1.2", series="1.2.%d" % number, number=number, rows=1,
+                           columns=1) for number in range(10)]
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(fresh(scratch / "tree"))
+        work = stack.enter_context(fresh(scratch / "work"))
+        xnat = stack.enter_context(Server("--drain"))
         for number in range(sessions * 10):
             folder = (root / ("s%04d" % (number // 50)) / ("mr%d" % (number // 10 % 5))
                       / ("%02d_SERIES" % (number % 10)))
