@@ -1062,8 +1062,8 @@ class Xnat:
         counted = self.count(path) or 0
         doubles = copies(session) if counted < least else 0
         if doubles and counted >= least - doubles:
-            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image to "
-                            "others of the session: XNAT keeps one of each")
+            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image "
+                            "to others of the session: XNAT keeps one of each")
             least = counted
         # More can only be what was there before, or an earlier state of the folder.
         ever = sum(stop - start for parts in memory.sent.values() for _, start, stop, _ in parts)

@@ -359,14 +359,14 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def turn(contender: str, server: Server, root: Path, files: int, scratch: Path,
+def turn(contender: str, options: List[str], root: Path, files: int, scratch: Path,
          venvs: Dict[str, Path], watched: bool = False) -> Tuple[Ran, Tuple[int, int, int]]:
-    """One run of one contender on a fresh server and workdir. Raises Failed."""
-    server.tell("POST", "forget")
-    with fresh(scratch / "work") as work:
+    """One run of one contender on a server and in a workdir of its own. Raises Failed."""
+    # One server for all would run out of logins: a POST without a cookie opens another session.
+    with fresh(scratch / "work") as work, Server(*options) as server:
         command, more = command_of(contender, server.url, root, work, venvs)
         ran = run(command, scratch, more, work, watched)
-    return ran, check_arrival(server, files)
+        return ran, check_arrival(server, files)
 
 
 @contextlib.contextmanager
@@ -394,7 +394,7 @@ def compare(condition: Condition, rounds: int, small: bool, scratch: Path,
     results = {name: Result(name) for name in contenders}
     options = ["--rate", str(condition.rate), "--seconds-per-file", str(condition.import_ms / 1000)]
     options += ["--drain"] if condition.drain else []
-    with fresh(scratch / "tree") as root, Server(*options) as server:
+    with fresh(scratch / "tree") as root:
         condition.tree(root, small)
         files, size = warm(root)
         print("\n%s: %s\n  %d sessions, %d series, %d files, %.0f MB" % (
@@ -405,14 +405,14 @@ def compare(condition: Condition, rounds: int, small: bool, scratch: Path,
                 if not result.trouble:
                     try:
                         ran, (result.requests, result.posts, result.sent) = turn(
-                            name, server, root, files, scratch, venvs)
+                            name, options, root, files, scratch, venvs)
                         result.seconds.append(ran.seconds)
                         result.cpu.append(ran.cpu)
                     except Failed as failed:
                         result.trouble = str(failed)
         show(results, size)
         if condition.memory and sys.platform == "linux":
-            usage = turn("this", server, root, files, scratch, venvs, watched=True)[0].usage
+            usage = turn("this", options, root, files, scratch, venvs, watched=True)[0].usage
             print("  memory of this: Python %.0f MB, all its processes %.0f MB; at most %d zips in "
                   "the workdir, %.1f MB" % (usage.own / MB, usage.tree / MB, usage.zips,
                                             usage.disk / MB))

@@ -10,7 +10,7 @@ from tests.support import UploadTest
 from tests.xnat_standin import Request, Standin
 
 IMPORT = "POST /data/services/import"
-TIMEOUT = 30  # seconds; only a failure takes so long
+TIMEOUT = 20  # seconds; only a failure takes so long
 CHANCE = 0.2  # seconds for which what must not happen is given the opportunity
 
 
