@@ -65,7 +65,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from typing import Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, TextIO, Tuple
+from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Set, TextIO,
+                    Tuple)
 from urllib.parse import quote, urlencode, urlsplit
 
 VERSION = "1.0"
@@ -162,6 +163,7 @@ class Plan:
 
     sessions: Tuple[Session, ...]
     strays: Tuple[str, ...]  # what lies where folders belong
+    loose: Dict[str, List[str]]  # the DICOM files among them, by folder
     not_chosen: int  # sessions left out by --only
 
     def pairs(self) -> Iterator[Tuple[Session, Series]]:
@@ -240,14 +242,15 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
     """
     sessions: List[Session] = []
     strays: List[str] = []
+    above: List[str] = [] if settings.only else strays  # each slice tells only of its own
     owners: Dict[Tuple[str, str], str] = {}
     not_chosen = 0
-    for subject in subfolders(settings.rootdir, strays):
+    for subject in subfolders(settings.rootdir, above):
         # XNAT finds subjects without regard to case (xnat.md 4.4, retrieveMatchingSubject).
         folder = os.path.join(settings.rootdir, subject)
         claim(owners, "subject", clean_label(subject).lower(), folder)
         try:
-            names = subfolders(folder, strays)
+            names = subfolders(folder, above)
         except OSError:
             names = [""]  # a session without a name stands for it, and fails
         for name in names:
@@ -256,7 +259,12 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
                 sessions.append(read_session(subject, name, settings, strays, note))
             else:
                 not_chosen += 1
-    plan = Plan(tuple(sessions), tuple(strays), not_chosen)
+    loose: Dict[str, List[str]] = {}
+    for path in strays:
+        with suppress(OSError):
+            if os.path.isfile(path) and is_dicom(first_bytes(path), os.path.getsize(path)):
+                loose.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
+    plan = Plan(tuple(sessions), tuple(strays), loose, not_chosen)
     check_shape(plan, settings)
     return plan
 
@@ -709,6 +717,7 @@ class Xnat:
         self.project_path = f"/data/projects/{quote(settings.project, safe='')}"
         self.version = ""
         self.replaces = settings.overwrite_files  # whether XNAT replaces files it has
+        self.archived: Optional[Set[str]] = None  # labels in the project's archive
         self._cookie = ""
         self._numbers = itertools.count(1)
 
@@ -835,6 +844,9 @@ class Xnat:
             self.project_path = f"/data/projects/{quote(self.project, safe='')}"
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}")
+        with suppress(Trouble):  # None: this server does not tell
+            rows = self.rows(f"{self.project_path}/experiments")
+            self.archived = None if rows is None else {row.get("label", "") for row in rows}
         with suppress(Trouble):
             self.replaces |= self.get(f"{self.project_path}/prearchive_code") == 5
 
@@ -979,7 +991,11 @@ class Xnat:
                 return standing if not standing.message else Standing(
                     message="it was left for review, and is neither in the prearchive nor in the "
                     "archive any more: --again sends it anew")
-            return self._verify(session, memory, memory.ended, memory.path)
+            standing = self._verify(session, memory, memory.ended, memory.path)
+            if standing.message and not standing.files:
+                return Standing(message=f"an earlier run saw it {memory.ended}, and it is not "
+                                "there any more: --again sends it anew")
+            return standing
         except (Trouble, OSError) as trouble:
             return Standing(message=str(trouble))
 
@@ -1314,7 +1330,8 @@ class Journey:
             elif series.problem:
                 tallies.append(Tally(series, status="not sent", message=series.problem))
             elif not series.files:
-                message = f"none of its {plural(series.not_dicom, 'file')} is DICOM"
+                junk = plural(series.not_dicom, "file")
+                message = f"none of its {junk} is DICOM" if series.not_dicom else "is empty"
                 tallies.append(Tally(series, status="no DICOM", message=message))
             else:
                 tallies.append(Tally(series, deque(parts), "" if parts else "already there"))
@@ -1342,6 +1359,8 @@ class Journey:
 
     def where(self) -> str:
         """How the session ended."""
+        if self.message and self.memory.address:
+            return "not archived"
         if self.failed():
             return "held back" if self.memory.address else "failed"
         return "sent" if self.memory.address else self.memory.ended or "nothing to send"
@@ -1392,6 +1411,8 @@ class Run:
     def _open(self, session: Session) -> None:
         """Bring a session under way."""
         journey = Journey(session, self.ledger.of(session), self.settings)
+        if journey.memory.ended == "archived" and self.xnat.archived is not None:
+            journey.looked &= session.label in self.xnat.archived  # deleted since?
         self.active.append(journey)
         if journey.looked:
             self._tell_known(journey)
@@ -1458,8 +1479,8 @@ class Run:
                 self.teller.series(journey.session, tally)
             elif journey.memory.has_changed(tally.series):
                 self.teller.say(f"{journey.session.label} {tally.series.name}: has changed since "
-                                "it was sent: sent again (XNAT keeps the old file unless "
-                                "--overwrite-files)")
+                                "it was sent: sent again (where the archive has it, XNAT refuses "
+                                "the session unless --overwrite-files)")
 
     def _sent(self, journey: Journey, tally: Tally, part: Part, outcome: Outcome) -> None:
         tally.busy = False
@@ -1493,21 +1514,21 @@ class Run:
         """Say how a session ended for which nothing is left to do."""
         if not journey.jobs and not journey.next_job(False)[0]:
             self.active.remove(journey)
-            self._give_up(journey, journey.message)
+            self._report(journey, journey.message)
             self.teller.session(journey)
 
-    def _give_up(self, journey: Journey, message: str) -> None:
-        """Tell of series whose turn never came."""
+    def _report(self, journey: Journey, message: str) -> None:
+        """A row in the report for each series; `message` is for all that have none of their own."""
         for tally in journey.tallies:
-            if not tally.status:
-                tally.status, tally.message = "not sent", message
-                self.teller.report(journey.session, tally)
+            tally.status = tally.status or "not sent"
+            tally.message = tally.message or message
+            self.teller.report(journey.session, tally)
 
     def tell_rest(self) -> None:
         """Write into the report what a stop left undone."""
         waiting = (Journey(each, self.ledger.of(each), self.settings) for each in self.waiting)
         for journey in itertools.chain(self.active, waiting):
-            self._give_up(journey, "the run was stopped before")
+            self._report(journey, "the run was stopped before it was whole")
 
 
 # ---- telling -------------------------------------------------------------------------------
@@ -1518,8 +1539,9 @@ REPORT = ("subject", "session", "series", "label", "status", "files", "not-DICOM
 # How a session ended, in words.
 ENDS = {
     "archived": "archived",
-    "prearchived": "in the prearchive, for review",
+    "prearchived": "in the prearchive, waiting for review",
     "sent": "sent, in the prearchive until XNAT archives it (--no-commit)",
+    "not archived": "not archived",
     "held back": "held back in the prearchive until every series is sent",
     "failed": "not there",
     "nothing to send": "nothing to send",
@@ -1621,14 +1643,18 @@ class Teller:
                   f"{left_out} left out")
         if plan.not_chosen:
             self.line(f"{plural(plan.not_chosen, 'session')} left out by --only")
+        named = " (named in the log)" if self._log else ""
         junk = sum(each.not_dicom for _, each in pairs)
         if junk:
-            self.line(f"{plural(junk, 'file')} not DICOM (named in the log): not sent")
+            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent")
         if plan.strays:
-            count = plural(len(plan.strays), "file")
-            self.say(f"{plan.strays[0]}: {count} where folders belong (named in the log): not sent")
+            self.say(f"{plan.strays[0]}: {plural(len(plan.strays), 'file')} where folders "
+                     f"belong{named}: not sent")
         for stray in plan.strays:
             self.log(f"where a folder belongs: {stray}")
+        for folder, names in plan.loose.items():
+            self.failures.append(f"{folder}: {plural(len(names), 'DICOM file')} where folders "
+                                 f"belong ({names[0]}): put them into a series folder, then run again")
         for session in plan.sessions:
             if session.label != session.path.replace("/", "_"):
                 self.line(f"{session.path} becomes session {session.label} of subject "
@@ -1645,17 +1671,21 @@ class Teller:
                     detail += f"  ({series.not_dicom} not DICOM)"
                 self._series_line(session, series, tally.status or "would send",
                                   tally.message or detail)
+            if not session.series:
+                self.line(f"{session.label}  nothing to send")
         folder = os.path.abspath(settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         self.line()
         self.line(f"Free for zips in {settings.workdir}: {size(shutil.disk_usage(folder).free)}")
+        for failure in self.failures:
+            self.line(f"Not there: {failure}")
         self.line(f"Nothing was sent and nobody contacted. To send: {settings.command}")
 
     def _series_line(self, session: Session, series: Series, status: str, detail: str) -> None:
         label, name = self._widths
         self.line(f"{session.label:<{label}}  {printable(series.name):<{name}}  {status:<13} "
-                  f"{detail}")
+                  f"{detail}".rstrip())
 
     def series(self, session: Session, tally: Tally) -> None:
         """One line, and one row in the report, for a series that is settled."""
@@ -1672,7 +1702,6 @@ class Teller:
         if series.not_dicom and series.files:
             detail += f"  ({series.not_dicom} not DICOM)"
         self._series_line(session, series, tally.status, detail)
-        self.report(session, tally)
         self.progress()
 
     def report(self, session: Session, tally: Tally) -> None:
@@ -1696,7 +1725,7 @@ class Teller:
             text = journey.message
         elif where in ("archived", "prearchived"):
             files = plural(journey.verified, "file")
-            text += f", {files} verified" if journey.verified else " by an earlier run"
+            text += f", {files} verified" if journey.verified else ", by an earlier run"
         self.line(f"{label}  {text}")
         self.progress()
 
@@ -1710,18 +1739,24 @@ class Teller:
         if ends["prearchived"]:
             words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of "
                      "them in the prearchive"]
-        words += [f"{ends[end]} {end}" for end in ("sent", "held back", "failed", "nothing to send")
-                  if ends[end]]
+        words += [f"{ends[end]} {end}" for end in ("sent", "not archived", "held back", "failed",
+                                                   "nothing to send") if ends[end]]
         words += [f"{unfinished} not finished"] if unfinished else []
-        rate = self._bytes / max(seconds, 0.1) / 1e6
         self.line()
-        self.line(f"{'; '.join(words)}. {self._series['sent']} series, "
-                  f"{plural(self._files, 'file')}, {size(self._bytes)} "
-                  f"({size(self._zipped)} zipped) in {seconds:.0f} s ({rate:.1f} MB/s).")
+        self.line("; ".join(words) + ".")
+        if self._files:
+            self.line(f"{self._series['sent']} series, {plural(self._files, 'file')}, "
+                      f"{size(self._bytes)} ({size(self._zipped)} zipped) in {seconds:.0f} s "
+                      f"({size(self._bytes / max(seconds, 0.1))}/s).")
+        halves = [journey.session.label for journey in run.active if journey.memory.address]
+        if halves:
+            self.line(f"Not whole in the prearchive, do not archive by hand: {', '.join(halves)}")
         for failure in self.failures:
             self.line(f"Not there: {failure}")
         if self.failures or unfinished:
             self.line(f"Run the same command again to finish: {run.settings.command}")
+        elif not ends["sent"]:
+            self.line("All is there.")
         self.line(f"Report: {self.report_path}")
 
 
@@ -1988,8 +2023,8 @@ def find_password(settings: Settings) -> Settings:
         with suppress(EOFError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
     if not password or re.search(r"[\x00-\x1f\x7f]", password):
-        raise Stop("PASS -: no password was found that could be sent: set XNAT_PASS, or write it "
-                   "into ~/.netrc", WRONG_CALL)
+        raise Stop("PASS -: no password that could be sent in XNAT_PASS, in ~/.netrc for this host "
+                   "and user, or from a terminal: set XNAT_PASS", WRONG_CALL)
     return replace(settings, password=password)
 
 
@@ -2016,7 +2051,8 @@ def upload(settings: Settings, teller: Teller) -> int:
         ledger = Ledger(settings, settings.project, read_only=True)
         teller.plan(plan, parts_to_send(plan, ledger, settings))
         teller.dry_run(plan, ledger, settings)
-        return SOME_FAILED if any(series.problem for _, series in plan.pairs()) else ALL_THERE
+        trouble = plan.loose or any(series.problem for _, series in plan.pairs())
+        return SOME_FAILED if trouble else ALL_THERE
     settings = find_password(settings)
     workdir = Workdir(settings.workdir)
     programs = Programs()

@@ -178,7 +178,7 @@ xargs -0 -n 4 -P "$JOBS" sh -c '
 XNATCTL = r"""
 cd "$ROOTDIR" || exit
 for session in */*; do
-    "$VENV/bin/xnatctl" session upload -P BRAIN -S "${session%/*}" \
+    "$VENV/bin/xnatctl" session upload --mode zip -P BRAIN -S "${session%/*}" \
         -E "${session%/*}_${session#*/}" "$session" || exit
 done
 """
