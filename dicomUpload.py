@@ -1653,8 +1653,9 @@ class Teller:
         for stray in plan.strays:
             self.log(f"where a folder belongs: {stray}")
         for folder, names in plan.loose.items():
-            self.failures.append(f"{folder}: {plural(len(names), 'DICOM file')} where folders "
-                                 f"belong ({names[0]}): put them into a series folder, then run again")
+            count = plural(len(names), "DICOM file")
+            self.failures.append(f"{folder}: {count} where folders belong"
+                                 f" ({names[0]}): put them into a series folder, then run again")
         for session in plan.sessions:
             if session.label != session.path.replace("/", "_"):
                 self.line(f"{session.path} becomes session {session.label} of subject "
