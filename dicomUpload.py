@@ -1488,7 +1488,7 @@ class Run:
         tally.tries += outcome.tries
         tally.status_code = outcome.status
         session, here = journey.session, journey.memory.address or outcome.address
-        if outcome.moved:
+        if outcome.moved and outcome.address != here:
             self.teller.say(f"{session.label}: XNAT archived what was sent before by itself")
             self.ledger.add(session, "archived", files=0, owed=0, path="")
             here = outcome.address
@@ -1499,6 +1499,8 @@ class Run:
             self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
                             files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
             tally.files += part.stop - part.start
+            listing = part.series.listing()[part.start:part.stop]
+            self.teller.progress(sum(length for _, length, _ in listing))
             tally.zipped += outcome.zipped
             tally.address = here
             tally.status = "" if tally.parts else "sent"
@@ -1507,8 +1509,6 @@ class Run:
             tally.status, tally.message = "not sent", outcome.message
         if tally.status:
             self.teller.series(journey.session, tally)
-        else:
-            self.teller.progress()
 
     def _close_if_over(self, journey: Journey) -> None:
         """Say how a session ended for which nothing is left to do."""
@@ -1613,16 +1613,17 @@ class Teller:
             sys.stderr.flush()
             self._shown = False
 
-    def progress(self) -> None:
-        """The one moving line, on a terminal only."""
+    def progress(self, sent: int = 0) -> None:
+        """The one moving line, on a terminal only; `sent` is bytes of files that have arrived."""
         with self._lock:
+            self._bytes += sent
             if not self._moves:
                 return
             series, total = self._goal
             rate = self._bytes / max(1.0, time.monotonic() - self._started)
             left = (total - self._bytes) / rate if rate else 0
-            text = (f"[{self._series['sent']} of {series} series  {size(self._bytes)} of "
-                    f"{size(total)}  {rate / 1e6:.1f} MB/s  {left:.0f} s left]")
+            text = (f"[{self._series['sent']} of {series} series  {left:.0f} s left  "
+                    f"{size(self._bytes)} of {size(total)}  {size(rate)}/s]")
             self._erase()
             sys.stderr.write(text[:shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
@@ -1697,7 +1698,6 @@ class Teller:
                       f"{tally.seconds:.1f} s")
             self._files += tally.files
             self._zipped += tally.zipped
-            self._bytes += series.bytes
         elif tally.status == "not sent":
             self.failures.append(f"{session.label} {series.name}: {tally.message}")
         if series.not_dicom and series.files:
@@ -2020,7 +2020,7 @@ def find_password(settings: Settings) -> Settings:
         except (OSError, ValueError, netrc.NetrcParseError) as error:
             raise Stop(f"~/.netrc: cannot be used ({error}): mend it, or set XNAT_PASS",
                        WRONG_CALL)
-    if not password and sys.stdin.isatty():
+    if not password and sys.stdin and sys.stdin.isatty():
         with suppress(EOFError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
     if not password or re.search(r"[\x00-\x1f\x7f]", password):

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import tempfile
@@ -15,12 +16,12 @@ import threading
 import types
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Set
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
 import dicomUpload
-from tests.dicom import uid, write_series
-from tests.support import Ran
+from tests.dicom import digests, uid, write_series
+from tests.support import Ran, need, slow
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.test_fault_table import COMMIT, HELD, IMPORT, LOGIN, FaultTest
 from tests.test_signals_and_disk import RunningTest, until
@@ -31,14 +32,14 @@ FILTER = {"reject": (DROPPED,)}
 A, B, C = (f"007/pre/{name}" for name in ("A_0001", "B_0002", "C_0003"))
 
 
-def once(do: Callable[[], None], series: str) -> Callable[[str], bool]:
+def once(do: Callable[[], Any], *series: str) -> Callable[[str], bool]:
     """A server's filter that throws nothing away, but does something in the middle of the first
-    import of a series: when its body is read, and nothing of it is kept yet."""
-    done: Set[str] = set()
+    import of each of these series: when its body is read, and nothing of it is kept yet."""
+    waiting = set(series)
 
     def look(description: str) -> bool:
-        if description == series and description not in done:
-            done.add(description)
+        if description in waiting:
+            waiting.remove(description)
             do()
         return False
 
@@ -66,9 +67,8 @@ class AnswerTest(FaultTest):
         os.utime(str(self.root / path), ns=(10 ** 18, 10 ** 18))
 
     def stays_so(self, server: Standin, **call: Any) -> None:
-        """Later runs send nothing, commit nothing and end well."""
-        for _ in range(2):
-            self.run_it(server, status=0, posts=0, commits=0, **call)
+        """The next run sends nothing, commits nothing and ends well."""
+        self.run_it(server, status=0, posts=0, commits=0, **call)
 
 
 # ---- Counts ----------------------------------------------------------------------------------
@@ -82,7 +82,6 @@ class Counts(AnswerTest):
             self.tree(B, files=8)
             self.run_it(server, status=0, posts=1, words="18 files verified", project="MANUAL")
             self.assert_whole(server, archived=False)
-            self.stays_so(server, project="MANUAL")
 
     def test_a_series_added_to_a_session_under_review_and_filtered_is_told_as_short(self) -> None:
         self.tree(A, files=10)
@@ -95,7 +94,6 @@ class Counts(AnswerTest):
             server.knobs.reject = ()
             self.run_it(server, "--again", status=0, posts=2, project="MANUAL")
             self.assert_whole(server, archived=False)
-            self.stays_so(server, project="MANUAL")
 
     def test_a_series_added_to_an_archived_session_and_filtered_is_told_as_short_when_overwriting(
             self) -> None:
@@ -105,30 +103,21 @@ class Counts(AnswerTest):
             self.filtered(B, 8, dropped=5)
             short = r"\b13 files where 18 | Not there: 007_pre"
             self.run_it(server, "--overwrite-files", status=1, posts=1, commits=1, words=short)
-            self.run_it(server, "--overwrite-files", status=1, posts=0, commits=0, words=short)
             self.run_it(server, status=1, posts=0, commits=0, words=short)
             server.knobs.reject = ()
             self.run_it(server, "--again", "--overwrite-files", status=0, posts=2)
             self.assert_whole(server)
-            self.stays_so(server)
 
-    def test_a_project_that_overwrites_takes_everything_again_without_a_ledger(self) -> None:
+    def test_a_project_that_overwrites_takes_again_what_it_has_and_that_is_whole(self) -> None:
         self.tree()
+        whole: Dict[str, Any] = {"status": 0, "commits": 1, "words": "archived, 4 files verified",
+                                 "project": "OVER"}
         with self.xnat() as server:
-            self.run_it(server, status=0, posts=2, project="OVER")
+            self.run_it(server, posts=2, **whole)
             self.ledger().unlink()
-            self.run_it(server, status=0, posts=2, commits=1, words="4 files verified",
-                        project="OVER")
-            self.assert_whole(server)
-            self.stays_so(server, project="OVER")
-
-    def test_a_project_that_overwrites_takes_a_series_again_that_was_touched(self) -> None:
-        self.tree()
-        with self.xnat() as server:
-            self.run_it(server, status=0, posts=2, project="OVER")
+            self.run_it(server, posts=2, **whole)
             self.touch(f"{A}/IM0001.dcm")
-            self.run_it(server, status=0, posts=1, commits=1, words="4 files verified",
-                        project="OVER")
+            self.run_it(server, posts=1, **whole)
             self.assert_whole(server)
             self.stays_so(server, project="OVER")
 
@@ -140,7 +129,6 @@ class Counts(AnswerTest):
             self.forget_last_line("archived")
             self.run_it(server, status=0, posts=0, commits=0, words="007_pre +archived, 3 files")
             self.assertEqual(set(server.instances("007_pre").values()), {1})
-            self.stays_so(server)
 
     def test_a_short_session_whose_commit_was_not_answered_is_told_and_not_sent_again(self) -> None:
         self.tree(A)
@@ -158,7 +146,6 @@ class Counts(AnswerTest):
         with self.xnat(**FILTER) as server:
             self.run_it(server, status=1, posts=2, commits=1, words=short)
             self.forget_last_line("archived")
-            self.run_it(server, status=1, posts=0, commits=0, words=short)
             self.run_it(server, status=1, posts=0, commits=0, words=short)
 
     def test_a_new_series_of_a_session_that_is_short_is_sent_nevertheless(self) -> None:
@@ -179,7 +166,6 @@ class Counts(AnswerTest):
         with self.xnat() as server:
             self.run_it(server, status=0, posts=2, commits=1,
                         words="1 file equal in name and image | archived, 4 files verified")
-            self.stays_so(server)
 
 
 # ---- Sessions that go on living --------------------------------------------------------------
@@ -194,12 +180,10 @@ class SessionsThatGoOn(AnswerTest):
         with self.xnat() as server:
             self.run_it(server, status=1, posts=1, commits=0, words=HELD)
             change()
-            self.run_it(server, status=1, posts=1, commits=0, words=HELD)
             link.unlink()
-            self.run_it(server, status=0, posts=1, commits=1, words="007_pre +archived")
+            self.run_it(server, status=0, posts=2, commits=1, words="007_pre +archived")
             self.assertEqual(server.prearchive, [])
-            sent = {path.read_bytes() for path in self.root.rglob("*.dcm")}
-            self.assertLessEqual(len(sent), len(server.stored("007_pre")))
+            self.assertLessEqual(set(digests(self.root).values()), set(server.stored("007_pre")))
             self.assertEqual(set(server.instances("007_pre").values()), {1})
             self.stays_so(server)
 
@@ -232,7 +216,6 @@ class SessionsThatGoOn(AnswerTest):
         if ran.status:
             self.run_it(server, status=0)
         self.assert_whole(server)
-        self.stays_so(server)
 
     def test_what_no_commit_began_and_the_timer_archives_between_two_runs_is_completed(
             self) -> None:
@@ -243,12 +226,17 @@ class SessionsThatGoOn(AnswerTest):
 
     def test_what_no_commit_began_and_the_timer_archives_during_a_run_is_not_two_studies(
             self) -> None:
-        for options in ("--procs", "1"), ("--procs", "4"):
-            with self.subTest(options), self.xnat() as server:
-                shutil.rmtree(str(self.work), ignore_errors=True)
-                self.begun_with_no_commit(server)
-                server.knobs.reject = once(lambda: self.timer(server), "B_0002")  # noqa: B023
-                self.ends_whole(server, self.upload(server, *options))
+        with self.xnat() as server:
+            self.begun_with_no_commit(server)
+            server.knobs.reject = once(lambda: self.timer(server), "B_0002")
+            self.ends_whole(server, self.upload(server, "--procs", "1"))
+
+    def test_two_series_that_meet_that_timer_side_by_side_are_not_two_studies_either(self) -> None:
+        with self.xnat() as server:
+            self.begun_with_no_commit(server)
+            both = threading.Barrier(2, lambda: self.timer(server), 20)
+            server.knobs.reject = once(both.wait, "B_0002", "C_0003")
+            self.ends_whole(server, self.upload(server, "--procs", "4"))
 
     def left_for_review(self, server: Standin) -> Row:
         """A session that a run has left in the prearchive."""
@@ -268,13 +256,11 @@ class SessionsThatGoOn(AnswerTest):
     def test_what_its_reviewer_has_deleted_is_told_and_sent_anew_with_again(self) -> None:
         with self.xnat() as server:
             server.store.remove(self.left_for_review(server))
-            for _ in range(2):
-                self.run_it(server, status=1, posts=0, commits=0, project="MANUAL",
-                            words="Not there: 007_pre.*review.*--again")
+            self.run_it(server, status=1, posts=0, commits=0, project="MANUAL",
+                        words="Not there: 007_pre.*review.*--again")
             self.run_it(server, "--again", status=0, posts=2, commits=1, words="for review",
                         project="MANUAL")
             self.assert_whole(server, archived=False)
-            self.stays_so(server, project="MANUAL")
 
     def other_case(self, server: Standin) -> None:
         """XNAT has the subject `sub`, the tree `SUB`: XNAT keeps its own spelling."""
@@ -291,12 +277,6 @@ class SessionsThatGoOn(AnswerTest):
         with self.xnat() as server:
             self.other_case(server)
             self.run_it(server, status=0, posts=1, commits=1, words="archived, 2 files verified")
-            self.in_other_case(server, 2)
-
-    def test_a_new_series_of_a_subject_whose_case_differs_in_xnat_is_verified(self) -> None:
-        with self.xnat() as server:
-            self.other_case(server)
-            self.run_it(server, status=0, posts=1)
             self.tree("SUB/pre/B_0002")
             self.run_it(server, status=0, posts=1, commits=1, words="archived, 4 files verified")
             self.in_other_case(server, 4)
@@ -315,19 +295,18 @@ class SessionsThatGoOn(AnswerTest):
             server.fail("late status", COMMIT, status=301)
             self.run_it(server, status=0, posts=2, commits=1, words="archived, 4 files verified")
             self.assert_whole(server)
-            self.stays_so(server)
 
     def test_one_server_has_one_ledger_however_its_name_is_written(self) -> None:
         self.tree()
         with self.xnat(context_path="/Xnat") as server:
-            for number, site in enumerate(("http://localhost:{}/Xnat", "http://LOCALHOST:{}/Xnat",
-                                           "http://localhost:{}/Xnat/")):
+            for number, site in enumerate(("localhost:{}/Xnat", "LOCALHOST:{}/Xnat/")):
                 with self.subTest(site):
-                    ran = self.run_command(self.arguments(site.format(server.port)))
+                    ran = self.run_command(self.arguments("http://" + site.format(server.port)))
                     self.assertEqual(ran.status, 0, ran.text)
                     self.assertEqual(len(server.imports()), 2)
                     self.assertEqual("already there" in ran.out, number > 0, ran.out)
 
+    @slow
     def test_a_commit_that_an_earlier_run_left_going_is_waited_for_and_that_is_said(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -382,28 +361,33 @@ class WhatIsShown(AnswerTest):
         self.assertEqual(set(modes.values()), {0}, modes)
         self.assertLessEqual({".zip", ".zips", ".log", ".csv", ".ledger", ".lock"}, set(modes))
 
-    def terminal(self) -> List[int]:
-        """Both ends of a terminal; ours is closed by itself."""
+    def terminal(self) -> Tuple[int, int]:
+        """Both ends of a terminal; the test closes the second."""
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
-        return [master, slave]
+        return master, slave
+
+    def shown(self, master: int, last: bytes = b"\0") -> str:
+        """What is shown on a terminal until its other end is closed, or this is shown last."""
+        shown = b""
+        with contextlib.suppress(OSError):  # closed, on Linux
+            while not shown.endswith(last) and select.select([master], [], [], 20)[0]:
+                shown += os.read(master, 1024) or last
+        return shown.decode()
 
     def test_on_a_terminal_the_line_moves_within_a_series(self) -> None:
         self.tree(A, files=4)
         master, slave = self.terminal()
-        shown = b""
         with self.xnat() as server:
             process = self.start(self.arguments(server.url, "--max-files", "1"),
                                  {"TERM": "xterm"}, stderr=slave)
             os.close(slave)
-            with contextlib.suppress(OSError):  # its other end is closed
-                for piece in iter(lambda: os.read(master, 1024), b""):
-                    shown += piece
+            shown = self.shown(master)
             out, _ = process.communicate(timeout=30)
             self.assertEqual(process.returncode, 0, out)
             self.assertEqual(len(server.imports()), 4)
-        within = re.findall(r"\[0 of 1 series  (\S+ \w+) of ", shown.decode())
-        self.assertGreaterEqual(len(set(within) - {"0 bytes"}), 3, shown.decode())
+        within = re.findall(r"\[0 of 1 series  (\S+ \w+) of ", shown)
+        self.assertGreaterEqual(len(set(within) - {"0 bytes"}), 2, shown)
 
     def test_the_end_of_input_instead_of_a_password_is_told(self) -> None:
         self.tree()
@@ -417,9 +401,7 @@ class WhatIsShown(AnswerTest):
             process = self.start(self.arguments(server.url, password="-"), stdin=slave,
                                  preexec_fn=take_terminal)
             os.close(slave)
-            shown = b""
-            while not shown.endswith(b": "):
-                shown += os.read(master, 1024)
+            self.assertIn("alice", self.shown(master, b": "))
             os.write(master, b"\x04")
             out, err = process.communicate(timeout=30)
             self.assertEqual(process.returncode, 2, out + err)
@@ -433,7 +415,7 @@ class WhatIsShown(AnswerTest):
                                  *self.arguments(url, **call)])
 
     def test_closed_streams_stop_no_upload(self) -> None:
-        for number, how in enumerate((">&-", "2>&-", "<&-", "<&- >&- 2>&-")):
+        for number, how in enumerate((">&-", "2>&-", "<&- >&- 2>&-")):
             with self.subTest(how), self.xnat() as server:
                 self.tree(f"007/pre/A_{number:04}")
                 ran = self.closed(server.url, how)
@@ -449,18 +431,19 @@ class WhatIsShown(AnswerTest):
 
     def test_a_program_that_cannot_be_executed_is_named(self) -> None:
         self.tree()
-        place = self.folder / "bin"
-        place.mkdir()
-        for tool in "curl", "zip":
-            with self.subTest(tool), self.xnat() as server:
-                (place / tool).write_bytes(b"\0\1\2 no program\n")
-                (place / tool).chmod(0o755)
-                ran = self.upload(server, environment={
-                    "PATH": os.pathsep.join((str(place), os.environ.get("PATH", os.defpath)))})
+        for bad in "curl", "zip":
+            place = self.folder / f"no {bad}"
+            place.mkdir()
+            for tool in "curl", "zip", "sh":
+                (place / tool).symlink_to(need(self, tool))
+            (place / bad).unlink()
+            (place / bad).write_bytes(b"\0\1\2 no program\n")
+            (place / bad).chmod(0o755)
+            with self.subTest(bad), self.xnat() as server:
+                ran = self.upload(server, environment={"PATH": str(place)})
                 self.assertEqual(ran.status, 3, ran.text)
-                self.assertRegex(ran.err, rf"^dicomUpload: .*\b{tool}\b.*\(.+\): .+\n$")
+                self.assertRegex(ran.err, rf"^dicomUpload: .*\b{bad}\b.*\(.+\): .+\n$")
                 self.assertEqual(server.requests, [])
-                (place / tool).unlink()
 
     def test_a_login_that_is_answered_with_megabytes_fails_in_a_sentence(self) -> None:
         self.tree()
@@ -495,40 +478,20 @@ class TheGroundGivingWay(RunningTest):
         self.without_zips(1, "not sent, not sent")
 
     def test_a_run_that_is_stopped_closes_its_server_session(self) -> None:
-        for number in signal.SIGTERM, signal.SIGINT:
-            with self.subTest(number.name), self.xnat() as server:
-                self.tree()
-                server.fail("stall before", IMPORT, seconds=60)
-                process = self.start(self.arguments(server.url))
-                self.assertTrue(server.wait_for(server.imports, 30))
-                process.send_signal(number)
-                ran = self.ended(process)
-                self.assertEqual(ran.status, 128 + number, ran.text)
-                last = server.requests[-1]
-                self.assertEqual((last.method, last.path), ("DELETE", "/data/JSESSION"))
-                self.assertEqual(server.accounts.sessions, {})
+        self.tree()
+        with self.xnat() as server:
+            server.fail("stall before", IMPORT, seconds=60)
+            process = self.start(self.arguments(server.url))
+            self.assertTrue(server.wait_for(server.imports, 30))
+            process.send_signal(signal.SIGTERM)
+            ran = self.ended(process)
+            self.assertEqual(ran.status, 143, ran.text)
+            last = server.requests[-1]
+            self.assertEqual((last.method, last.path), ("DELETE", "/data/JSESSION"))
+            self.assertEqual(server.accounts.sessions, {})
 
-    def test_thirty_retries_wait_no_longer_than_a_few_minutes_each(self) -> None:
-        settings: Any = types.SimpleNamespace(project="BRAIN", overwrite_files=False, retries=30)
-        said: List[str] = []
-        xnat = dicomUpload.Xnat(settings, mock.Mock(), mock.Mock(say=said.append))
-        waits: List[float] = []
-        with mock.patch.object(xnat, "pause", waits.append):
-            for tries in range(1, 31):
-                xnat.wait_to_heal("007_pre", dicomUpload.Verdict(message="HTTP 503", wait=0), tries)
-        self.assertEqual((len(waits), len(said)), (30, 30))
-        self.assertLess(max(waits), min(300, threading.TIMEOUT_MAX))
-        self.assertLess(waits[0], waits[1])
-        self.assertLess(waits[1], waits[2])
 
-    def test_thousands_of_retries_are_no_harm(self) -> None:
-        settings: Any = types.SimpleNamespace(project="BRAIN", overwrite_files=False, retries=9999)
-        xnat = dicomUpload.Xnat(settings, mock.Mock(), mock.Mock())
-        waits: List[float] = []
-        with mock.patch.object(xnat, "pause", waits.append):
-            xnat.wait_to_heal("007_pre", dicomUpload.Verdict(message="HTTP 503", wait=0), 9999)
-        self.assertLess(waits[0], 300)
-
+# ---- Parts that only compute -------------------------------------------------------------------
 
 @contextlib.contextmanager
 def no_inodes() -> Iterator[None]:
@@ -540,7 +503,17 @@ def no_inodes() -> Iterator[None]:
         yield
 
 
-class FilesWithoutNumbers(unittest.TestCase):
+class PartsThatOnlyCompute(unittest.TestCase):
+
+    def test_thirty_retries_and_thousands_wait_no_longer_than_minutes_each(self) -> None:
+        settings: Any = types.SimpleNamespace(project="BRAIN", overwrite_files=False, retries=9999)
+        xnat = dicomUpload.Xnat(settings, mock.Mock(), mock.Mock())
+        waits: List[float] = []
+        with mock.patch.object(xnat, "pause", waits.append):
+            for tries in (1, 2, 3, 30, 9999):
+                xnat.wait_to_heal("007_pre", dicomUpload.Verdict(message="HTTP 503", wait=0), tries)
+        self.assertEqual(waits[:3], sorted(waits[:3]), "they grow")
+        self.assertLess(max(waits), 300)
 
     def test_subfolders_that_all_have_number_0_are_all_read(self) -> None:
         with tempfile.TemporaryDirectory(prefix="dicomUpload-test-") as folder:
