@@ -717,6 +717,7 @@ class Xnat:
         self.project_path = f"/data/projects/{quote(settings.project, safe='')}"
         self.version = ""
         self.replaces = settings.overwrite_files  # whether XNAT replaces files it has
+        self.subjects: Dict[str, str] = {}  # labels as XNAT has them, by those in lower case
         self.archived: Optional[Set[str]] = None  # labels in the project's archive
         self._cookie = ""
         self._numbers = itertools.count(1)
@@ -844,6 +845,9 @@ class Xnat:
             self.project_path = f"/data/projects/{quote(self.project, safe='')}"
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}")
+        with suppress(Trouble):  # a subject is found without regard to case (xnat.md 4.4)
+            subjects = self.rows(f"{self.project_path}/subjects") or []
+            self.subjects = {row.get("label", "").lower(): row.get("label", "") for row in subjects}
         with suppress(Trouble):  # None: this server does not tell
             rows = self.rows(f"{self.project_path}/experiments")
             self.archived = None if rows is None else {row.get("label", "") for row in rows}
@@ -1037,7 +1041,8 @@ class Xnat:
             return Standing(message=str(trouble))
 
     def _archive_path(self, session: Session) -> str:
-        return f"{self.project_path}/subjects/{session.subject_label}/experiments/{session.label}"
+        subject = self.subjects.get(session.subject_label.lower(), session.subject_label)
+        return f"{self.project_path}/subjects/{subject}/experiments/{session.label}"
 
     def settled(self, address: str) -> str:
         """Status of a prearchive session once nothing works on it; '' if it is not there."""

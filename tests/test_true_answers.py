@@ -346,6 +346,16 @@ class WhatIsShown(AnswerTest):
                     self.assertNotIn("--again", command)
                     self.assertNotIn("--dry-run", command)
 
+    def test_an_option_equal_to_login_or_password_is_not_taken_for_it_in_that_command(self) -> None:
+        self.tree()
+        python, script, url, *others = self.arguments("http://127.0.0.1:1", password="alice")
+        for options in ("--logname", "alice"), ("--logname", "bob", "--only", "alice"):
+            with self.subTest(options):
+                ran = self.run_command([python, script, *options, url, *others, "--only", "007",
+                                        "--dry-run"])
+                self.assertEqual(ran.status, 0, ran.text)
+                self.assertIn(f"{' '.join(options)} {url} alice - BRAIN ", ran.out)
+
     def test_while_it_sends_nobody_else_can_read_anything(self) -> None:
         self.tree()
         self.work.mkdir()
@@ -386,7 +396,7 @@ class WhatIsShown(AnswerTest):
             out, _ = process.communicate(timeout=30)
             self.assertEqual(process.returncode, 0, out)
             self.assertEqual(len(server.imports()), 4)
-        within = re.findall(r"\[0 of 1 series  (\S+ \w+) of ", shown)
+        within = re.findall(r"\[0 of 1 series[^]]*?  (\S+ \w+) of ", shown)
         self.assertGreaterEqual(len(set(within) - {"0 bytes"}), 2, shown)
 
     def test_the_end_of_input_instead_of_a_password_is_told(self) -> None:
