@@ -526,7 +526,7 @@ class Programs:
                 process = self._start(command, folder)
             except OSError as error:
                 raise Trouble(f"{command[0]} cannot be started in {folder} ({error.strerror}): "
-                              "check that folder, then run again")
+                              "check both, then run again")
             self._running[process.pid] = process
             self._tell_guard()
         try:
@@ -1505,7 +1505,7 @@ class Run:
                             files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
             tally.files += part.stop - part.start
             listing = part.series.listing()[part.start:part.stop]
-            self.teller.progress(sum(length for _, length, _ in listing))
+            self.teller.progress(len(listing), sum(length for _, length, _ in listing))
             tally.zipped += outcome.zipped
             tally.address = here
             tally.status = "" if tally.parts else "sent"
@@ -1618,9 +1618,10 @@ class Teller:
             sys.stderr.flush()
             self._shown = False
 
-    def progress(self, sent: int = 0) -> None:
-        """The one moving line, on a terminal only; `sent` is bytes of files that have arrived."""
+    def progress(self, files: int = 0, sent: int = 0) -> None:
+        """The one moving line, on a terminal only, after `files` of `sent` bytes have arrived."""
         with self._lock:
+            self._files += files
             self._bytes += sent
             if not self._moves:
                 return
@@ -1701,7 +1702,6 @@ class Teller:
         if tally.status == "sent":
             detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.zipped):>8}  "
                       f"{tally.seconds:.1f} s")
-            self._files += tally.files
             self._zipped += tally.zipped
         elif tally.status == "not sent":
             self.failures.append(f"{session.label} {series.name}: {tally.message}")
@@ -1895,9 +1895,12 @@ exit status:
     check(given)
     given.config = read_config(given.config) if given.config else ()
     given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
-    command = ["python3", sys.argv[0], *argv]
-    command[command.index(given.password, command.index(given.user) + 1)] = "-"
-    command = [each for each in command if each not in ("-n", "--dry-run", "--again")]
+    command = ["python3", sys.argv[0]]
+    for at, word in enumerate(argv):  # the one that is PASS, and not an option's value like it
+        shown = argv[:at] + ["-"] + argv[at + 1:]
+        if word == given.password and parser.parse_args(shown).password == "-":
+            command += [each for each in shown if each not in ("-n", "--dry-run", "--again")]
+            break
     return Settings(**vars(given), command=shlex.join(command))
 
 

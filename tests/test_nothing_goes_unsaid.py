@@ -57,7 +57,8 @@ class NothingGoesUnsaid(UploadTest):
 
     def test_the_report_says_of_each_series_what_became_of_its_session(self) -> None:
         with self.xnat() as server:
-            server.fail("error page", r"POST .*action=commit", status=500, text="FAILED: no, thanks")
+            server.fail("error page", "POST .*action=commit", status=500,
+                        text="FAILED: no, thanks")
             ran = self.upload(server)
         self.assertEqual(ran.status, 1, ran.text)
         (row,) = self.report()
