@@ -802,21 +802,28 @@ class Xnat:
         answer = self.ask("GET", BUILD_INFO, seconds=30)
         return answer.code == 0 and answer.status not in BUSY_STATUS
 
-    def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
-        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
+    def get(self, path: str, query: Optional[Dict[str, str]] = None, needed: bool = True) -> Any:
+        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers.
+
+        What is not `needed` is asked for once, and None if the server does not tell it.
+        """
         query = dict(query or {}, format="json")
-        answer, verdict, _ = self.ask_until(path, lambda: self.ask("GET", path, query), self.judge)
-        if answer.status == 404:
+        if needed:
+            answer, verdict, _ = self.ask_until(
+                path, lambda: self.ask("GET", path, query), self.judge)
+        else:
+            answer, verdict = self.ask("GET", path, query, seconds=60), Verdict()
+        if answer.status == 404 or not needed and answer.status != 200:
             return None
         try:
             return json.loads(answer.body if answer.status == 200 else "")
         except (ValueError, RecursionError):
             raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}")
 
-    def rows(self, path: str, query: Optional[Dict[str, str]] = None
+    def rows(self, path: str, query: Optional[Dict[str, str]] = None, needed: bool = True
              ) -> Optional[List[Dict[str, str]]]:
-        """A listing with lower-case column names (xnat.md 8), None if it is not there."""
-        found = self.get(path, query)
+        """A listing with lower-case column names (xnat.md 8), None as with `get`."""
+        found = self.get(path, query, needed)
         try:
             return None if found is None else [
                 {key.lower(): "" if value is None else str(value) for key, value in row.items()}
@@ -846,13 +853,13 @@ class Xnat:
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}")
         with suppress(Trouble):  # a subject is found without regard to case (xnat.md 4.4)
-            subjects = self.rows(f"{self.project_path}/subjects") or []
+            subjects = self.rows(f"{self.project_path}/subjects", needed=False) or []
             self.subjects = {row.get("label", "").lower(): row.get("label", "") for row in subjects}
         with suppress(Trouble):  # None: this server does not tell
-            rows = self.rows(f"{self.project_path}/experiments")
+            rows = self.rows(f"{self.project_path}/experiments", needed=False)
             self.archived = None if rows is None else {row.get("label", "") for row in rows}
         with suppress(Trouble):
-            self.replaces |= self.get(f"{self.project_path}/prearchive_code") == 5
+            self.replaces |= self.get(f"{self.project_path}/prearchive_code", needed=False) == 5
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
@@ -989,7 +996,8 @@ class Xnat:
                 lost = standing.message and standing.files <= memory.before
                 return Standing("lost", files=standing.files) if lost else standing
             if to_send:
-                return Standing("new", files=self.count(path) or 0)
+                there = self.archived is None or session.label in self.archived
+                return Standing("new", files=self.count(path) or 0 if there else 0)
             if memory.ended == "prearchived" and not self.settled(memory.path):
                 standing = self._verify(session, memory, "archived", path)
                 return standing if not standing.message else Standing(

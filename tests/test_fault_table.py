@@ -369,7 +369,8 @@ ROWS = [
     Row("a login refused at the rights", page(401, where=RIGHTS), 0, 0, START, 3,
         "login refused for alice"),
     Row("a first look that comes late", proxy(503, COUNT), 2, 1, BOTH, 0, AGAIN),
-    Row("a first look that fails", page(500, "boom", where=COUNT), 0, 0, NEITHER, 1, "HTTP 500"),
+    Row("a first look that fails",  # the archive's list is not told, so it looks, and again fails
+        page(500, "boom", where="GET .*/experiments", times=2), 0, 0, NEITHER, 1, "HTTP 500"),
     # -- commit
     Row("a project for review", None, 2, 1, BOTH, 0, "in the prearchive", **MANUAL),
     Row("a commit forbidden", page(403, "Forbidden", where=COMMIT), 2, 1, BOTH, 1,
