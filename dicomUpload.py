@@ -44,6 +44,7 @@ import getpass
 import glob
 import hashlib
 import html
+import io
 import itertools
 import json
 import netrc
@@ -65,8 +66,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Set, TextIO,
-                    Tuple)
+from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence,
+                    Set, TextIO, Tuple)
 from urllib.parse import quote, urlencode, urlsplit
 
 VERSION = "1.0"
@@ -753,12 +754,14 @@ class Xnat:
             command += ["--data", "", "--header", "Content-Type:"]
         elif method != "GET":
             command += ["--request", method]
-        secrets = f'user = "{quoted(settings.user)}:{quoted(settings.password)}"\n'
+        # The URL goes in there too: a curl whose parent dies before it is fed does nothing.
+        secrets = f'url = "{quoted(url)}"\n'
+        secrets += f'user = "{quoted(settings.user)}:{quoted(settings.password)}"\n'
         if self._cookie:  # with both, a server session that expired heals itself (xnat.md 7)
             secrets += f'cookie = "JSESSIONID={self._cookie}"\n'
         number = next(self._numbers)
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + [url])}")
-        answer = read_answer(self.programs.run(command + [url], os.fsencode(secrets), folder))
+        answer = read_answer(self.programs.run(command, os.fsencode(secrets), folder))
         self._cookie = answer.cookie or self._cookie
         body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # that is a secret
         self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP {answer.status} "
@@ -1574,8 +1577,7 @@ class Teller:
         self._widths = (0, 0)  # of labels and of series names
         self._started = time.monotonic()
         self._lock = threading.RLock()
-        self._log: Optional[TextIO] = None
-        self._report: Optional[TextIO] = None
+        self._handles: Dict[str, int] = {}  # of log and report, once they are open
         self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = False  # whether the moving line is on the screen
 
@@ -1589,20 +1591,23 @@ class Teller:
                 break
             base = f"{first}-{number}"
         self.report_path = base + ".csv"
-        self._log, self._report = private_file(base + ".log"), private_file(self.report_path)
-        csv.writer(self._report).writerow(REPORT)
+        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
+            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._write("report", csv_line(REPORT))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
     def log(self, text: str) -> None:
         """A line for the log only."""
+        self._write("log", f"{now()} {printable(text)}\n")
+
+    def _write(self, kind: str, text: str) -> None:
         with self._lock:
-            if self._log:
+            if kind in self._handles:
                 try:
-                    self._log.write(f"{now()} {printable(text)}\n")
-                    self._log.flush()
+                    os.write(self._handles[kind], text.encode("utf-8", "backslashreplace"))
                 except OSError as error:
-                    self._log = None  # so that this can be said
-                    raise Stop(f"log beside {self.report_path}: cannot be written "
+                    self._handles.clear()  # so that this can be said
+                    raise Stop(f"{kind} beside {self.report_path}: cannot be written "
                                f"({error.strerror}): make room, then run again")
 
     def line(self, text: str = "") -> None:
@@ -1658,7 +1663,7 @@ class Teller:
                   f"{left_out} left out")
         if plan.not_chosen:
             self.line(f"{plural(plan.not_chosen, 'session')} left out by --only")
-        named = " (named in the log)" if self._log else ""
+        named = " (named in the log)" if self._handles else ""
         junk = sum(each.not_dicom for _, each in pairs)
         if junk:
             self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent")
@@ -1725,9 +1730,7 @@ class Teller:
         row = (subject, name, tally.series.name, session.label, tally.status, files,
                tally.series.not_dicom, tally.zipped, f"{tally.seconds:.1f}", tally.tries,
                tally.status_code or "", tally.address, tally.message)
-        if self._report:
-            csv.writer(self._report).writerow([cell(each) for each in row])
-            self._report.flush()
+        self._write("report", csv_line([cell(each) for each in row]))
 
     def session(self, journey: Journey) -> None:
         """One line for a session that is over."""
@@ -1774,10 +1777,10 @@ class Teller:
         self.line(f"Report: {self.report_path}")
 
 
-def private_file(path: str) -> TextIO:
-    """A new text file that nobody else can read."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    return os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="")
+def csv_line(row: Sequence[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(row)
+    return text.getvalue()
 
 
 def show(stream: TextIO, text: str) -> None:
@@ -2106,9 +2109,9 @@ def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
     try:
         run.go()
         xnat.close()
-    except Stop as stop:
+    except (Stop, OSError) as stop:
         teller.say(str(stop))
-        status = stop.status
+        status = getattr(stop, "status", STOPPED)
         xnat.programs.stopping.clear()  # all has ended; only the server session is to be closed
         with suppress(Stop, Trouble):
             xnat.close()

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 from tests.dicom import uid, write_series
 from tests.support import UploadTest
+from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import Request, Standin
 
 IMPORT = "POST /data/services/import"
