@@ -2,8 +2,8 @@
 
 Forty sessions; the server refuses, hangs up, forgets sessions and answers too late; the uploader
 is stopped and killed, at moments that the server's own events decide. The seeds are those in
-DICOMUPLOAD_TEST_SEED, five with DICOMUPLOAD_TEST_ALL=1, else one. `python3 -m tests.test_storm
-SEED...` plays chosen ones and says what happened.
+DICOMUPLOAD_TEST_SEED, or five with DICOMUPLOAD_TEST_ALL=1; else none, to keep the suite short.
+`python3 -m tests.test_storm SEED...` plays chosen ones and says what happened.
 """
 
 import os
@@ -198,7 +198,7 @@ def seeds() -> List[int]:
     given = os.environ.get("DICOMUPLOAD_TEST_SEED", "")
     if given:
         return [int(seed) for seed in re.findall(r"\d+", given)]
-    return list(SEEDS if os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" else SEEDS[:1])
+    return list(SEEDS if os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" else ())
 
 
 def as_test(seed: int) -> Callable[[AStorm], None]:
