@@ -1,35 +1,36 @@
 #!/usr/bin/env python3
-"""Send a tree of DICOM folders to XNAT: whole, verified, and never by halves.
-
-    python3 dicomUpload.py URL USER PASS PROJECT ROOTDIR [--config Exclusions.json]
+"""Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,
+verified, never by halves. Run it again after any trouble: it sends the rest.
 
     ROOTDIR                     in XNAT
     +-- 007                     subject 007
-    |   +-- pre                 session 007_pre
-    |   |   +-- T2_FLAIR_0012   a series: its DICOM files, at any depth
-    |   |   +-- AAHEAD_SCOUT    left out, if the config's "Exclude" has "AAHEAD"
+        +-- pre                 session 007_pre
+            +-- T2_FLAIR_0012   a series: its DICOM files, at any depth
 
-PASS - takes the password from XNAT_PASS, from ~/.netrc, or asks. --dry-run shows what would
-be sent and contacts nobody. Run the same command again after any trouble: what is on the
-server is not sent again. The workdir (./work) keeps the ledger, the log and the report.
+examples:
+  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --dry-run
+  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --only 007/pre
+  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir \\
+      --config Exclusions.json --workdir /scratch/upload
 
-Needs Python 3.8, curl 7.61, zip 3.0; no packages.
+exit status:
+  0         all is there (or left out on purpose)
+  1         some series or sessions failed
+  2         wrong options, ROOTDIR or config, nothing sent
+  3         could not start or had to stop (no zip, no curl, server unreachable,
+            login refused, no right to the project, workdir in use or full)
+  130, 143  stopped by a signal
 
-Exit status: 0 all is there (or left out on purpose); 1 some series or sessions failed;
-2 wrong options, ROOTDIR or config, nothing sent; 3 could not start or had to stop (no zip,
-no curl, server unreachable, login refused, no right to the project, workdir in use or full);
-130, 143 stopped by a signal (129 where the terminal went away).
-
-This file reads in the order of a run:
-    words      the nouns of the program, as dataclasses
-    finding    folders to Plan: labels, what is DICOM, what is left out
-    packing    the one door to other programs, the workdir, one part to one zip
-    sending    what to say to XNAT, and what its answers mean
-    ledger     what has been sent, for the next run
-    the run    what may go next, and when a session is whole
-    telling    lines, summary, log and report; nothing else prints
-    options    the command line to Settings
-    main       the only place that exits
+Needs Python 3.8, curl 7.61, zip 3.0; no packages. Reads in the order of a run:
+  words      the nouns of the program, as dataclasses
+  finding    folders to Plan: labels, what is DICOM, what is left out
+  packing    the one door to other programs, the workdir, one part to one zip
+  sending    what to say to XNAT, and what its answers mean
+  ledger     what has been sent, for the next run
+  the run    what may go next, and when a session is whole
+  telling    lines, summary, log and report; nothing else prints
+  options    the command line to Settings
+  main       the only place that exits
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ import errno
 import fcntl
 import fnmatch
 import getpass
-import glob
 import hashlib
 import html
 import io
@@ -64,19 +64,14 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from queue import SimpleQueue
 from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence,
                     Set, TextIO, Tuple)
 from urllib.parse import quote, urlencode, urlsplit
 
 VERSION = "1.0"
-LAYOUT = """
-    ROOTDIR
-    +-- 007                     a subject
-        +-- pre                 a session
-            +-- T2_FLAIR_0012   a series: DICOM files, at any depth
-"""
+ABOUT, LAYOUT, EXAMPLES, STATUSES, _ = __doc__.split("\n\n")  # for --help and for messages
 ALL_THERE, SOME_FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 3
 
 
@@ -96,32 +91,52 @@ class Trouble(Exception):
     """One series or session cannot be done; the text says why and what to do."""
 
 
-@dataclass(frozen=True)
+def option(names: str, text: str, default: Any = None, **more: Any) -> Any:
+    """A field that the command line fills; `names` ends with what --help calls its value."""
+    *flags, metavar = names.split()
+    text += " (%(default)s)" if default else ""
+    return field(metadata={"flags": flags, "metavar": metavar, "help": text, "default": default,
+                           **more})
+
+
+def switch(flags: str, text: str) -> Any:
+    """A field that is False until the command line has one of these flags."""
+    return field(metadata={"flags": flags.split(), "help": text, "action": "store_true"})
+
+
+@dataclass(frozen=True, repr=False)  # no trace may show the password
 class Settings:
     """The command line, checked. Sizes are bytes, times seconds."""
 
-    url: str
-    user: str
-    password: str = field(repr=False)
-    project: str
-    rootdir: str
-    config: Tuple[str, ...]  # substrings of the names of series to leave out
-    only: List[str]
-    dry_run: bool
-    again: bool
-    no_commit: bool
-    overwrite_files: bool
-    workdir: str
-    procs: int
-    max_files: int
-    compression: int
-    retries: int
-    timeout: int
-    limit_rate: int
-    cacert: str
-    insecure: bool
-    logname: str
-    command: str  # the same call, without the password
+    url: str = option("URL", "XNAT's address, https://xnat.example.org")
+    user: str = option("USER", "login, or the alias of an alias token")
+    password: str = option("PASS", "password or secret; - takes XNAT_PASS, then ~/.netrc, or asks")
+    project: str = option("PROJECT", "ID of the project")
+    rootdir: str = option("ROOTDIR", "the folder that holds the subjects")
+    config: Tuple[str, ...] = option(
+        "--config FILE", 'JSON, {"Exclude": ["AAHEAD"]}: leave out series whose folder name '
+        "contains one of these, in any case")
+    only: List[str] = option("--only PATTERN", "glob on subject or subject/session: send only "
+                             "these (repeatable)", [], action="append")
+    dry_run: bool = switch("-n --dry-run", "show what would be sent, contact nobody")
+    again: bool = switch("--again", "forget what was sent of the sessions chosen")
+    no_commit: bool = switch(
+        "--no-commit", "leave sessions to XNAT's own timers, which may archive one by halves")
+    overwrite_files: bool = switch(
+        "--overwrite-files", "on commit, replace instances that the archive already holds")
+    workdir: str = option("--workdir DIR", "zips, ledger, log, report", "./work")
+    procs: int = option("--procs N", "uploads side by side", 4)
+    max_files: int = option("--max-files N", "files per zip", 500)
+    compression: int = option("--compression 0-9", "zip's level", 1)
+    retries: int = option("--retries N", "tries after the first", 5)
+    timeout: int = option(
+        "--timeout SECONDS", "seconds without a byte before a transfer counts as dead", 900)
+    limit_rate: int = option(
+        "--limit-rate RATE", "bytes per second for all uploads together, such as 5M (none)")
+    cacert: str = option("--cacert FILE", "CA to trust (the system's)")
+    insecure: bool = switch("--insecure", "do not check the server's certificate")
+    logname: str = option("--logname NAME", "base of the log's and report's names", "dicomUpload")
+    command: str = ""  # the same call, without the password
 
 
 File = Tuple[str, int, int]  # name below the series folder, bytes, time in ns
@@ -256,7 +271,7 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
             names = [""]  # a session without a name stands for it, and fails
         for name in names:
             claim(owners, "session", clean_label(f"{subject}_{name}"), os.path.join(folder, name))
-            if chosen(subject, name, settings.only):
+            if chosen(f"{subject}/{name}", settings.only):
                 sessions.append(read_session(subject, name, settings, strays, note))
             else:
                 not_chosen += 1
@@ -271,30 +286,24 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
 
 
 def subfolders(folder: str, strays: List[str]) -> List[str]:
-    """Names of the folders in `folder`, hidden ones not, in order; the rest goes to `strays`.
-
-    A link to nothing counts as a folder: a share that is not mounted must not go unnoticed.
-    """
+    """Names of the folders in `folder`, hidden ones not, in order; the rest goes to `strays`."""
     names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                good = entry.is_dir() and not leads_back(entry)
-            except OSError:  # a link that goes round in circles
-                good = True
-            if not good and not (entry.is_symlink() and not os.path.exists(entry.path)):
-                strays.append(entry.path)
-            elif not entry.name.startswith("."):
-                names.append(entry.name)
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            good = True  # it counts: a share that is not mounted must not go unnoticed
+        else:
+            good = entry.is_dir() and not (entry.is_symlink() and lies_in(folder, entry.path))
+        if not good:
+            strays.append(entry.path)
+        elif not entry.name.startswith("."):
+            names.append(entry.name)
     return sorted(names)
 
 
-def leads_back(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder is a link to a folder above itself, which would never end."""
-    if not entry.is_symlink():
-        return False
-    here = os.path.join(os.path.realpath(os.path.dirname(entry.path)), "")
-    return here.startswith(os.path.join(os.path.realpath(entry.path), ""))
+def lies_in(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies in it. A link to a folder it lies in would never end."""
+    above = os.path.realpath(folder)
+    return os.path.commonpath([above, os.path.realpath(path)]) == above
 
 
 def clean_label(text: str) -> str:
@@ -306,15 +315,14 @@ def claim(owners: Dict[Tuple[str, str], str], kind: str, label: str, folder: str
     """Note that `folder` becomes `label`. Raises Stop(2) if another folder already does."""
     other = owners.setdefault((kind, label), folder)
     if other != folder:
-        raise Stop(f"{kind} label {label}: two folders would become one ({other} and {folder}; "
-                   "XNAT keeps only letters, digits, _ and -): rename one of them", WRONG_CALL)
+        refuse(f"{kind} label {label}", f"two folders would become one ({other} and {folder}; XNAT "
+               "keeps only letters, digits, _ and -): rename one of them")
 
 
-def chosen(subject: str, name: str, only: List[str]) -> bool:
-    """Whether --only, globs on subject or subject/session, chooses this session."""
-    return not only or any(
-        fnmatch.fnmatchcase(subject, of_subject) and fnmatch.fnmatchcase(name, of_session or "*")
-        for of_subject, _, of_session in (pattern.partition("/") for pattern in only))
+def chosen(path: str, only: List[str]) -> bool:
+    """Whether --only, globs on subject or subject/session, chooses the session at `path`."""
+    globs = [each if "/" in each else each + "/*" for each in only]
+    return not only or any(fnmatch.fnmatchcase(path, each) for each in globs)
 
 
 def read_session(subject: str, name: str, settings: Settings, strays: List[str],
@@ -336,7 +344,10 @@ def read_series(name: str, folder: str, exclude: Tuple[str, ...],
     for pattern in exclude:
         if pattern.lower() in name.lower():
             return Series(name, folder, left_out=f'name contains "{pattern}"')
-    files, junk, problems = list_files(folder)
+    try:
+        files, junk, problems = list_files(folder)
+    except OSError as error:
+        return Series(name, folder, problem=f"the folder {unreadable(error)}")
     for each in junk:
         note(f"not DICOM: {os.path.join(folder, each)}")
     raw = os.fsencode("\0".join(f"{length} {time_ns} {each}" for each, length, time_ns in files))
@@ -351,41 +362,38 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
     files: List[File] = []
     junk: List[str] = []
     problems: List[str] = []
-    seen = set()  # folders that link to each other have paths without end
-    folders = [""]
-    links: List[str] = []
-    while folders or links:
-        linked = not folders
-        inside = links.pop(0) if linked else folders.pop()
+    seen = {identity(folder)}  # folders that link to each other have paths without end
+    entries = list(os.scandir(folder))
+    links: List[os.DirEntry[str]] = []  # to folders: followed when all real folders are read
+    while entries or links:
+        linked = not entries
+        entry = links.pop(0) if linked else entries.pop()
+        name = entry.path[len(folder) + 1:]
         try:
-            info = os.stat(os.path.join(folder, inside))
-            if linked and (info.st_dev, info.st_ino) in seen:
-                junk.append(f"{inside} (a link to a folder that is read already)")
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            with os.scandir(os.path.join(folder, inside)) as entries:
-                for entry in entries:
-                    name = inside + entry.name
-                    try:
-                        if not entry.is_dir():
-                            look_at_file(entry, name, files, junk, problems)
-                        elif leads_back(entry):
-                            junk.append(name + "/ (a link to a folder above it)")
-                        else:
-                            (links if entry.is_symlink() else folders).append(name + "/")
-                    except OSError as error:
-                        problems.append(f"{name} {unreadable(error)}")
+            if not entry.is_dir():
+                look_at_file(entry, name, files, junk, problems)
+            elif entry.is_symlink() and not linked:
+                links.append(entry)
+            elif linked and (identity(entry.path) in seen
+                             or lies_in(os.path.dirname(entry.path), entry.path)):
+                junk.append(f"{name} (a link to a folder above it, or one that is read already)")
+            else:
+                seen.add(identity(entry.path))
+                entries += os.scandir(entry.path)
         except OSError as error:
-            problems.append(f"{inside or 'the folder'} {unreadable(error)}")
+            problems.append(f"{name} {unreadable(error)}")
     return sorted(files), sorted(junk), sorted(problems)
+
+
+def identity(path: str) -> Tuple[int, int]:
+    """The same number for all paths to a folder; but some file systems number all of them 0."""
+    info = os.stat(path)
+    return info.st_dev, info.st_ino
 
 
 def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: List[str],
                  problems: List[str]) -> None:
     """Put one file where it belongs. Raises OSError if it cannot be read."""
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        problems.append(f"{name} is a link to nothing: mend or remove it, then run again")
-        return
     info = entry.stat()
     regular = entry.is_file() and info.st_size  # a FIFO would make us wait for ever
     if not regular or not is_dicom(first_bytes(entry.path), info.st_size):
@@ -402,17 +410,17 @@ def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: Li
 
 def unreadable(error: OSError) -> str:
     """The same words for every file or folder that the system refuses to show."""
-    advice = {errno.EACCES: "give yourself read permission", errno.ENOENT: "check the name or link",
-              errno.ELOOP: "mend the link", errno.EISDIR: "give a file"}
-    what_to_do = advice.get(error.errno or 0, "check the disk or share")
-    return f"cannot be read ({error.strerror}): {what_to_do}, then run again"
+    known = {errno.EACCES: "cannot be read: give yourself read permission",
+             errno.ENOENT: "does not exist: check the name or link",
+             errno.ELOOP: "is a link that goes round in circles: mend it",
+             errno.ENOTDIR: "is a file: give a folder", errno.EISDIR: "is a folder: give a file"}
+    rest = f"cannot be read ({error.strerror}): check the disk or share"
+    return known.get(error.errno or 0, rest) + ", then run again"
 
 
 def is_utf8(name: str) -> bool:
-    try:
-        return bool(os.fsencode(name).decode("utf-8"))
-    except UnicodeDecodeError:
-        return False
+    raw = os.fsencode(name)
+    return raw.decode("utf-8", "ignore").encode("utf-8") == raw
 
 
 def first_bytes(path: str, count: int = 512) -> bytes:
@@ -424,9 +432,10 @@ def first_bytes(path: str, count: int = 512) -> bytes:
         os.close(handle)
 
 
-VALUE_REPRESENTATIONS = frozenset(
-    b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OW PN SH SL SQ SS ST TM UC UI UL UN UR US UT"
-    .split())
+# A first tag in group 0002 or 0008, of either byte order, with its value representation.
+EXPLICIT = re.compile(
+    rb"([\2\10]\0[\0-\x90]\0|\0[\2\10]\0[\0-\x90])(AE|AS|AT|CS|DA|DS|DT|FD|FL|IS|LO|LT|OB|OD|OF|OL|"
+    rb"OW|PN|SH|SL|SQ|SS|ST|TM|UC|UI|UL|UN|UR|US|UT)")
 # A DICOMDIR is an index without a SOP class of its own, and XNAT refuses it (xnat.md 3).
 DICOMDIR_CLASS = re.compile(rb"1\.2\.840\.10008\.1\.3\.10(?![0-9.])")
 
@@ -439,46 +448,36 @@ def is_dicom(head: bytes, size: int) -> bool:
     """
     if head[128:132] == b"DICM":
         return not DICOMDIR_CLASS.search(head, 132)
-    if len(head) < 16:
-        return False
-    for order in "<>":
-        group, element, length = struct.unpack(order + "HHI", head[:8])
-        if group in (0x0002, 0x0008) and element <= 0x0090:
-            plausible = length <= min(size - 8, 1024) and length % 2 == 0
-            if head[4:6] in VALUE_REPRESENTATIONS or (
-                    order == "<" and plausible and (element or length == 4)):
-                return True
-    return False
+    if len(head) < 16 or EXPLICIT.match(head):
+        return len(head) >= 16
+    group, element, length = struct.unpack("<HHI", head[:8])
+    return (group in (0x0002, 0x0008) and element <= 0x0090 and (element > 0 or length == 4)
+            and length <= min(size - 8, 1024) and length % 2 == 0)
 
 
 def check_shape(plan: Plan, settings: Settings) -> None:
     """Raises Stop(2) if ROOTDIR holds nothing to send, or looks one level off."""
     root, wanted = settings.rootdir, [each for _, each in plan.pairs() if not each.left_out]
     full = [series for series in wanted if series.files]
+    deep = [path for path in plan.strays if os.path.dirname(path) != root]
     wrong = ""
-    if settings.only and not plan.sessions and plan.not_chosen:
-        raise Stop(f"--only {' '.join(settings.only)}: chooses none of the {plan.not_chosen} "
-                   f"sessions in {root}: give subject or subject/session, as the folders go",
-                   WRONG_CALL)
-    if not any(plan.pairs()):
-        deep = [path for path in plan.strays if os.path.dirname(path) != root]
+    if plan.not_chosen and not plan.sessions:
+        refuse(f"--only {' '.join(settings.only)}", f"chooses none of the {plan.not_chosen} "
+               f"sessions in {root}: give subject or subject/session, as the folders go")
+    elif not any(plan.pairs()):
         wrong = "no series found: give the folder that holds the subjects"
         if deep:
-            above = os.path.dirname(os.path.abspath(root))
-            wrong = f"one level too deep (files where series belong, {deep[0]}): try {above}"
+            wrong = (f"one level too deep (files where series belong, {deep[0]}): try "
+                     f"{os.path.dirname(os.path.abspath(root))}")
     elif wanted and not full and not any(series.problem for series in wanted):
         junk = sum(series.not_dicom for series in wanted)
         wrong = f"none of the {junk} files in {len(wanted)} series is DICOM: is this the folder?"
-    elif full and not any(map(has_own_file, full)) and any(map(holds_several, full)):
+    elif (all("/" in name for series in full for name, _, _ in series.listing())
+          and any(map(holds_several, full))):
         wrong = (f"one level too shallow (different series in {full[0].folder}): give a folder "
                  f"inside {root}")
     if wrong:
         raise Stop(f"ROOTDIR {root}: {wrong}. The layout is", WRONG_CALL, LAYOUT)
-
-
-def has_own_file(series: Series) -> bool:
-    """Whether a file lies in the series folder itself."""
-    return any("/" not in name for name, _, _ in series.listing())
 
 
 SERIES_INSTANCE = re.compile(rb"\x20\x00\x0e\x00(?:UI..|.{4})([0-9.]+)", re.DOTALL)
@@ -543,11 +542,9 @@ class Programs:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def _tell_guard(self) -> None:
-        try:
+        with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
             os.write(self._guard.stdin.fileno(),  # type: ignore[union-attr]
                      " ".join(map(str, self._running)).encode() + b"\n")
-        except BrokenPipeError:  # somebody killed the guard: the uploads do not need it
-            pass
 
     def stop(self) -> None:
         """End everything that runs, and start nothing more."""
@@ -583,20 +580,11 @@ class Workdir:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a share without locks will do
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another "
                            "--workdir")
+        shutil.rmtree(self.zips, ignore_errors=True)  # left by an earlier run that was killed
         os.makedirs(self.zips, exist_ok=True)
-        self.empty()
-
-    def empty(self) -> None:
-        """Remove what packing left behind, also that of an earlier run that was killed."""
-        # ziXXXXXX is zip's own temporary file, left beside its target by kill -9.
-        for pattern in ("part-*.zip", "zi??????"):
-            for leftover in glob.glob(os.path.join(glob.escape(self.zips), pattern)):
-                os.unlink(leftover)
 
     def close(self) -> None:
-        with suppress(OSError):  # a share that has gone away takes nothing from the result
-            self.empty()
-            os.rmdir(self.zips)
+        shutil.rmtree(self.zips, ignore_errors=True)
         self._lock.close()
 
     @contextmanager
@@ -653,6 +641,7 @@ def check_zip(target: str, files: List[File]) -> None:
 
     zip's exit 0 is no proof: a file that shrank or vanished while it read gives 0 (tools.md).
     """
+    wanted = Counter((os.fsencode(name), length) for name, length, _ in files)
     packed: Counter[Tuple[bytes, int]] = Counter()
     try:
         with zipfile.ZipFile(target) as archive:
@@ -664,7 +653,6 @@ def check_zip(target: str, files: List[File]) -> None:
         pass  # zip found none of the files
     except (OSError, zipfile.BadZipFile) as error:
         raise Trouble(f"zip made no readable archive ({error}): run again")
-    wanted = Counter((os.fsencode(name), length) for name, length, _ in files)
     for name, _ in (wanted - packed) or (packed - wanted):
         raise Trouble(f"{os.fsdecode(name)} could not be read in full, or changed while it was "
                       "read: check it, then run again")
@@ -1826,6 +1814,10 @@ def plural(count: int, noun: str) -> str:
 # ---- options -------------------------------------------------------------------------------
 
 
+GROUPS = {"url": "what goes where", "config": "what to send", "no_commit": "on the server",
+          "workdir": "how to send"}  # titles in --help, by their first option
+
+
 class Parser(argparse.ArgumentParser):
     """Options whose errors are one line, like all others here."""
 
@@ -1836,75 +1828,30 @@ class Parser(argparse.ArgumentParser):
             names = [word.partition("=")[0] for word in words if re.match(r"--[a-z]|-.$", word)]
             message = f"options {' '.join(names)}: unknown" if names else "arguments: too many"
             message += " (if PASS begins with -, set XNAT_PASS and give - instead)"
-        raise Stop(f"{message}: see --help", WRONG_CALL)
+        refuse(message, "see --help")
 
 
 def read_options(argv: List[str]) -> Settings:
     """The command line as Settings. Raises Stop(2) if it is wrong."""
     parser = Parser(
-        prog="dicomUpload.py", allow_abbrev=False, add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="dicomUpload.py [options] URL USER PASS PROJECT ROOTDIR",
-        description="Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: "
-        "whole,\nverified, never by halves. Run it again after any trouble: it sends the rest.",
-        epilog="""examples:
-  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --dry-run
-  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir --only 007/pre
-  dicomUpload.py https://xnat.example.org alice - BRAIN dicomdir \\
-      --config Exclusions.json --workdir /scratch/upload
-
-exit status:
-  0         all is there (or left out on purpose)
-  1         some series or sessions failed
-  2         wrong options, ROOTDIR or config, nothing sent
-  3         could not start or had to stop (no zip, no curl, server unreachable,
-            login refused, no right to the project, workdir in use or full)
-  130, 143  stopped by a signal""")
-    add = parser.add_argument_group("what goes where").add_argument
-    add("url", metavar="URL", help="XNAT's address, https://xnat.example.org")
-    add("user", metavar="USER", help="login, or the alias of an alias token")
-    add("password", metavar="PASS",
-        help="password or secret; - takes XNAT_PASS, then ~/.netrc, or asks")
-    add("project", metavar="PROJECT", help="ID of the project")
-    add("rootdir", metavar="ROOTDIR", help="the folder that holds the subjects")
-    add = parser.add_argument_group("what to send").add_argument
-    add("--config", metavar="FILE",
-        help='JSON, {"Exclude": ["AAHEAD"]}: leave out series whose folder name contains one of '
-        "these, in any case")
-    add("--only", metavar="PATTERN", action="append", default=[],
-        help="glob on subject or subject/session: send only these (repeatable)")
-    add("-n", "--dry-run", action="store_true", help="show what would be sent, contact nobody")
-    add("--again", action="store_true", help="forget what was sent of the sessions chosen")
-    add = parser.add_argument_group("on the server").add_argument
-    add("--no-commit", action="store_true",
-        help="leave sessions to XNAT's own timers, which may archive one by halves")
-    add("--overwrite-files", action="store_true",
-        help="on commit, replace instances that the archive already holds")
-    add = parser.add_argument_group("how to send").add_argument
-    add("--workdir", metavar="DIR", default="./work",
-        help="zips, ledger, log, report (%(default)s)")
-    add("--procs", metavar="N", type=at_least(1), default=4,
-        help="uploads side by side (%(default)s)")
-    add("--max-files", metavar="N", type=at_least(1), default=500,
-        help="files per zip (%(default)s)")
-    add("--compression", metavar="0-9", type=int, choices=range(10), default=1,
-        help="zip's level (%(default)s)")
-    add("--retries", metavar="N", type=at_least(0), default=5,
-        help="tries after the first (%(default)s)")
-    add("--timeout", metavar="SECONDS", type=at_least(1), default=900,
-        help="seconds without a byte before a transfer counts as dead (%(default)s)")
-    add("--limit-rate", metavar="RATE", type=bytes_per_second, default=0,
-        help="bytes per second for all uploads together, such as 5M (none)")
-    add("--cacert", metavar="FILE", help="CA to trust (the system's)")
-    add("--insecure", action="store_true", help="do not check the server's certificate")
-    add("--logname", metavar="NAME", default="dicomUpload",
-        help="base of the log's and report's names (%(default)s)")
-    add = parser.add_argument_group("about").add_argument
-    add("-h", "--help", action="help", help="show this and exit")
-    add("--version", action="version", version=f"dicomUpload {VERSION}", help="show it and exit")
+        prog="dicomUpload.py", usage="dicomUpload.py [options] URL USER PASS PROJECT ROOTDIR",
+        description=ABOUT, epilog=f"{EXAMPLES}\n\n{STATUSES}", allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for each in fields(Settings):
+        if each.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[each.name])
+        if each.metadata:
+            more = dict(each.metadata)
+            group.add_argument(*more.pop("flags") or [each.name], **more)
+    group = parser.add_argument_group("about")
+    group.add_argument("-h", "--help", action="help", help="show this and exit")
+    group.add_argument("--version", action="version", version=f"dicomUpload {VERSION}",
+                       help="show it and exit")
     given = parser.parse_args(argv)
     check(given)
+    given.url = check_url(given.url)
     given.config = read_config(given.config) if given.config else ()
+    given.limit_rate = bytes_per_second(given.limit_rate) if given.limit_rate is not None else 0
     given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
     command = ["python3", sys.argv[0]]
     for at, word in enumerate(argv):  # the one that is PASS, and not an option's value like it
@@ -1916,14 +1863,19 @@ exit status:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Raises Stop(2) for options that no upload can work with, before anything is done."""
-    for name in ("url", "user", "password", "project"):  # curl's config cannot carry more
-        if not is_utf8(getattr(given, name)) or re.search(r"[\x00-\x1f\x7f]", getattr(given, name)):
+    """Raises Stop(2) for options that no upload can work with, and makes numbers of numbers."""
+    for name in ("url", "user", "password", "project"):
+        if not sendable(getattr(given, name)):
             refuse(name.upper(), "is empty, or holds a character that is no text: give it again")
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
-    given.url = check_url(given.url)
+    for name, least, most in (("procs", 1, 9999), ("max_files", 1, 999_999), ("compression", 0, 9),
+                              ("retries", 0, 9999), ("timeout", 1, 999_999)):
+        text = str(getattr(given, name))
+        if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+            refuse(f"--{name.replace('_', '-')}", f"give a whole number from {least} to {most}")
+        setattr(given, name, int(text))
     for pattern in given.only:
         if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
             refuse(f"--only {pattern}", "is neither subject nor subject/session")
@@ -1931,36 +1883,31 @@ def check(given: argparse.Namespace) -> None:
         refuse(f"--cacert {given.cacert}", "is no file: give the CA's certificate in PEM form")
     if os.sep in given.logname:
         refuse(f"--logname {given.logname}", "is no plain name: the folder is --workdir's")
-    if not os.path.isdir(given.rootdir):
-        what = "is a file" if os.path.exists(given.rootdir) else "does not exist"
-        refuse(f"ROOTDIR {given.rootdir}", f"{what}: give the folder that holds the subjects")
     try:
         os.scandir(given.rootdir).close()
     except OSError as error:
         refuse(f"ROOTDIR {given.rootdir}", unreadable(error))
-    inside = os.path.join(os.path.realpath(given.rootdir), "")
-    if os.path.join(os.path.realpath(given.workdir), "").startswith(inside):
+    if lies_in(given.workdir, given.rootdir):
         refuse(f"--workdir {given.workdir}", "lies inside ROOTDIR: choose one outside")
+
+
+def sendable(text: str) -> bool:
+    """Whether curl's config can carry this, and the server get it as it is."""
+    return bool(text) and is_utf8(text) and not re.search(r"[\x00-\x1f\x7f]", text)
 
 
 def check_url(text: str) -> str:
     """The URL as it is used. Raises Stop(2) with the right form, and with no login in it."""
+    good = r"(https?://(?:[^\s/?#@:\[\]]+|\[[^\s/?#@\]]+\])(?::\d+)?)((?:/[^\s?#]*)?)"
     rest = re.sub(r"^((https?|ftps?)(:/*|/+)|/+)", "", text, flags=re.IGNORECASE).rpartition("@")[2]
     right = ("http://" if re.match("http(?!s)", text, re.IGNORECASE) else "https://") + rest
     if "@" in text:
         refuse("URL", f"holds a login: give {right}, and the login as USER and PASS")
-    for each in (text, right, "https://xnat.example.org"):
-        try:
-            parts = urlsplit(each)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # brackets that do not close, a port that is no number
-            good = False
-        if good and not re.search(r"[\s?#]", each):
-            break
-    if each != text:
-        refuse(f"URL {text}", f"is mistyped: give it like {each}")
-    site, slash, path = right.partition("://")[2].partition("/")
-    return f"{right.partition('://')[0]}://{site.lower()}{slash}{path}".rstrip("/")
+    found = re.fullmatch(good, text, re.IGNORECASE)
+    if not found:
+        example = right if re.fullmatch(good, right) else "https://xnat.example.org"
+        refuse(f"URL {text}", f"is mistyped: give it like {example}")
+    return found[1].lower() + found[2].rstrip("/")
 
 
 def refuse(thing: str, what: str) -> NoReturn:
@@ -1969,26 +1916,23 @@ def refuse(thing: str, what: str) -> NoReturn:
 
 def read_config(path: str) -> Tuple[str, ...]:
     """The exclusions in a config file. Raises Stop(2), naming what is wrong in it."""
-    thing, right = f"--config {path}", 'write {"Exclude": ["AAHEAD"]}'
     try:
         with open(path, encoding="utf-8-sig") as file:
             config = json.load(file, object_pairs_hook=no_key_twice)
     except OSError as error:
-        refuse(thing, unreadable(error))
-    except UnicodeDecodeError:
-        refuse(thing, "is not UTF-8: save it as UTF-8 text")
+        refuse(f"--config {path}", unreadable(error))
     except (ValueError, RecursionError) as error:
-        refuse(thing, f"is not JSON ({error}): mend it there")
-    if not isinstance(config, dict) or not isinstance(config.get("Exclude", []), list):
-        refuse(thing, f'has no list of names ({json.dumps(config)[:60]}): {right}')
-    for key in config:
-        if key != "Exclude":
-            refuse(thing, f"has an unknown key, {json.dumps(key)}: {right}")
-    patterns = config.get("Exclude", [])
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern:
-            refuse(thing, f"has {json.dumps(pattern)} where a part of a name belongs: {right}")
-    return tuple(patterns)
+        refuse(f"--config {path}", f"is not JSON in UTF-8 ({error}): mend it there")
+    names = config.pop("Exclude", []) if isinstance(config, dict) else []
+    wrong = [config] if config != {} else []
+    if isinstance(names, list):
+        wrong += [each for each in names if not isinstance(each, str) or not each]
+    else:
+        wrong += [names]
+    for each in wrong:
+        refuse(f"--config {path}", f"has {json.dumps(each)[:60]} where only a list of parts of "
+               'names belongs: write {"Exclude": ["AAHEAD"]}')
+    return tuple(names)
 
 
 def no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -1999,53 +1943,42 @@ def no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 def bytes_per_second(text: str) -> int:
-    """5M, 500k or plain bytes per second."""
+    """5M, 500k or plain bytes per second. Raises Stop(2) for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.lower())
     value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
-    if not value:
-        raise argparse.ArgumentTypeError("give bytes per second, such as 500k or 5M")
-    return value
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: a whole number from `least` on."""
-    def number(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"give a whole number from {least} on")
-        return int(text)
-
-    return number
+    return value or refuse(f"--limit-rate {text}", "give bytes per second, such as 500k or 5M")
 
 
 def find_password(settings: Settings) -> Settings:
     """`settings` with the password that PASS - stands for. Raises Stop(2) if there is none."""
     if settings.password != "-":
         return settings
-    password = os.environ.get("XNAT_PASS", "")
-    if not password:
-        host, user = urlsplit(settings.url).hostname or "", settings.user
-        try:
-            entry = netrc.netrc().authenticators(host)
-            with open(os.path.expanduser("~/.netrc"), encoding="utf-8") as file:
-                # Of several logins on one machine Python's netrc keeps only the last.
-                found = re.search(rf"machine\s+{re.escape(host)}\s+login\s+{re.escape(user)}\s+"
-                                  r"password\s+(\S+)", file.read())
-            if entry and entry[0] == user:
-                password = entry[2] or ""
-            elif found:
-                password = found[1]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, netrc.NetrcParseError) as error:
-            raise Stop(f"~/.netrc: cannot be used ({error}): mend it, or set XNAT_PASS",
-                       WRONG_CALL)
+    password = os.environ.get("XNAT_PASS") or netrc_password(settings.url, settings.user)
     if not password and sys.stdin and sys.stdin.isatty():
         with suppress(EOFError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
-    if not password or re.search(r"[\x00-\x1f\x7f]", password):
-        raise Stop("PASS -: no password that could be sent in XNAT_PASS, in ~/.netrc for this host "
-                   "and user, or from a terminal: set XNAT_PASS", WRONG_CALL)
+    if not sendable(password):
+        refuse("PASS -", "no password that could be sent in XNAT_PASS, in ~/.netrc for this host "
+               "and user, or from a terminal: set XNAT_PASS")
     return replace(settings, password=password)
+
+
+def netrc_password(url: str, user: str) -> str:
+    """What ~/.netrc has for this user on this machine, if it has it."""
+    host = urlsplit(url).hostname or ""
+    try:
+        login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
+        with open(os.path.expanduser("~/.netrc"), encoding="utf-8") as file:
+            # Of several logins on one machine Python's netrc keeps only the last.
+            found = re.search(rf"machine\s+{re.escape(host)}\s+login\s+{re.escape(user)}\s+"
+                              r"password\s+(\S+)", file.read())
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, netrc.NetrcParseError) as error:
+        refuse("~/.netrc", f"cannot be used ({error}): mend it, or set XNAT_PASS")
+    if login == user:
+        return password or ""
+    return found[1] if found else ""
 
 
 def check_tools(programs: Programs, teller: Teller) -> None:
@@ -2123,16 +2056,17 @@ def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
 
 def stop_on_signals() -> None:
     """A first signal ends the run in order, a second one at once."""
-    signals = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-               if signal.getsignal(each) != signal.SIG_IGN]  # nohup ignores HUP, and is right
+    came: List[int] = []
 
     def stop(number: int, _: object) -> None:
-        for each in signals:
-            signal.signal(each, lambda again, _: os._exit(128 + again))
+        if came:
+            os._exit(128 + number)
+        came.append(number)
         raise Stop(f"stopped by {signal.Signals(number).name}", 128 + number)
 
-    for each in signals:
-        signal.signal(each, stop)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores HUP, and is right
+            signal.signal(each, stop)
 
 
 def main() -> int:
@@ -2144,12 +2078,9 @@ def main() -> int:
     try:
         stop_on_signals()
         return upload(read_options(sys.argv[1:]), teller)
-    except Stop as stop:
-        teller.say(str(stop), stop.drawing)
-        return stop.status
-    except Trouble as trouble:
-        teller.say(str(trouble))
-        return STOPPED
+    except (Stop, Trouble) as end:
+        teller.say(str(end), getattr(end, "drawing", ""))
+        return int(getattr(end, "status", STOPPED))
     except OSError as error:
         teller.say(f"{error.filename or 'the system'}: {error.strerror}: mend it, then run again")
         return STOPPED
