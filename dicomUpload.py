@@ -62,7 +62,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
@@ -188,7 +188,6 @@ class Outcome:
     address: str = ""
     message: str = ""
     zipped: int = 0  # bytes
-    seconds: float = 0.0
     tries: int = 0
     status: int = 0
     moved: bool = False  # the session's earlier parts have left the prearchive meanwhile
@@ -517,9 +516,12 @@ class Programs:
                                 stderr=subprocess.PIPE, cwd=folder, env=self._environment,
                                 start_new_session=True)
 
-    def run(self, command: List[str], given: bytes = b"",
-            folder: str = "/") -> subprocess.CompletedProcess[bytes]:
-        """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble."""
+    def run(self, command: List[str], given: bytes = b"", folder: str = "/",
+            watch: Callable[[bytes], None] = lambda _: None) -> subprocess.CompletedProcess[bytes]:
+        """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble.
+
+        Four times a second `watch` gets what it has said on its error output so far.
+        """
         with self._lock:
             if self.stopping.is_set():
                 raise Stop("stopping")
@@ -531,7 +533,7 @@ class Programs:
             self._running[process.pid] = process
             self._tell_guard()
         try:
-            out, err = process.communicate(given)
+            out, err = self._talk(process, given, watch)
         finally:
             process.kill()
             process.wait()
@@ -541,6 +543,16 @@ class Programs:
         if self.stopping.is_set() and process.returncode < 0:
             raise Stop("stopping")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    @staticmethod
+    def _talk(process: subprocess.Popen[bytes], given: Optional[bytes],
+              watch: Callable[[bytes], None]) -> Tuple[bytes, bytes]:
+        while True:
+            try:
+                return process.communicate(given, timeout=0.25)
+            except subprocess.TimeoutExpired as so_far:
+                given = None  # it has that
+                watch(so_far.stderr or b"")
 
     def _tell_guard(self) -> None:
         try:
@@ -707,6 +719,9 @@ REMEDIES = (
 )
 
 
+Row = Dict[str, str]
+
+
 class Xnat:
     """A server, one login and one project on it, through curl."""
 
@@ -726,47 +741,76 @@ class Xnat:
     # One request
 
     def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
-            seconds: int = 0) -> Answer:
-        """One request, with `zipped` (a path) as its file; `seconds` bounds the whole of it."""
-        settings, folder = self.settings, "/"
-        url = settings.url + path + ("?" + urlencode(query) if query else "")
-        # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
-        # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
-        # --include: the headers come with the body. Never --fail (it hides the answer), never
-        # --location (a redirect would be followed with the login).
-        command = ["curl", "--disable", "--config", "-", "--globoff", "--silent", "--show-error",
-                   "--include", "--suppress-connect-headers", "--write-out", "\n%{http_code}"]
-        # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
-        command += ["--connect-timeout", "30", "--speed-limit", "1",
-                    "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
-        command += ["--max-time", str(seconds)] if seconds else []
-        command += ["--cacert", settings.cacert] if settings.cacert else []
-        command += ["--insecure"] if settings.insecure else []
+            seconds: int = 0, moved: Callable[[float], None] = lambda _: None) -> Answer:
+        """One request, with `zipped` (a path) as its file; `seconds` bounds the whole of it.
+
+        `moved` is told from time to time how much of the file has gone out, 0 to 1.
+        """
+        url = self.settings.url + path + ("?" + urlencode(query) if query else "")
+        options, folder = ["--silent", "--show-error"], "/"
         if zipped:
             # A plain name in curl's own folder: `;` and `,` in -F names mean something.
             # -F and not -T: XNAT then reads all before it answers, so that the status is always
             # seen and a body cut short imports nothing. Never --data-binary: it fills the memory.
             folder, name = os.path.split(zipped)
-            command += ["--form", f"file=@{name};type=application/zip"]
-            if settings.limit_rate:
-                command += ["--limit-rate", str(max(1, settings.limit_rate // settings.procs))]
+            options = ["--progress-bar", "--form", f"file=@{name};type=application/zip"]
+            if self.settings.limit_rate:
+                rate = max(1, self.settings.limit_rate // self.settings.procs)
+                options += ["--limit-rate", str(rate)]
         elif method == "POST":
-            command += ["--data", "", "--header", "Content-Type:"]
+            options += ["--data", "", "--header", "Content-Type:"]
         elif method != "GET":
-            command += ["--request", method]
+            options += ["--request", method]
+        options += ["--max-time", str(seconds)] if seconds else []
+
+        def watch(said: bytes) -> None:
+            percent = re.findall(rb"(\d+\.\d)%", said[-200:])
+            moved(min(0.99, float(percent[-1]) / 100) if percent else 0.0)
+
+        return self._curl([url], options, folder, watch)[0]
+
+    def ask_once(self, *paths: str) -> List[Any]:
+        """The JSON at each of `paths`, all over one connection; None where it did not come."""
+        urls = [f"{self.settings.url}{path}?format=json" for path in paths]
+        found: List[Any] = []
+        for answer in self._curl(urls, ["--silent", "--show-error", "--max-time", "60"]):
+            try:
+                found.append(json.loads(answer.body) if answer.status == 200 else None)
+            except (ValueError, RecursionError):
+                found.append(None)
+        return found
+
+    def _curl(self, urls: List[str], options: List[str], folder: str = "/",
+              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
+        """An answer from each URL, in their order."""
+        settings, mark = self.settings, os.urandom(8).hex()
+        # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
+        # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
+        # --include: the headers come with the body. Never --fail (it hides the answer), never
+        # --location (a redirect would be followed with the login).
+        command = ["curl", "--disable", "--config", "-", "--globoff", "--include",
+                   "--suppress-connect-headers", "--write-out", f"\n%{{http_code}} {mark}\n"]
+        # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
+        command += ["--connect-timeout", "30", "--speed-limit", "1",
+                    "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
+        command += ["--cacert", settings.cacert] if settings.cacert else []
+        command += ["--insecure"] if settings.insecure else []
+        command += options
         # The URL goes in there too: a curl whose parent dies before it is fed does nothing.
-        secrets = f'url = "{quoted(url)}"\n'
+        secrets = "".join(f'url = "{quoted(url)}"\n' for url in urls)
         secrets += f'user = "{quoted(settings.user)}:{quoted(settings.password)}"\n'
         if self._cookie:  # with both, a server session that expired heals itself (xnat.md 7)
             secrets += f'cookie = "JSESSIONID={self._cookie}"\n'
         number = next(self._numbers)
-        self.teller.log(f"curl {number}: {shlex.join(command[1:] + [url])}")
-        answer = read_answer(self.programs.run(command, os.fsencode(secrets), folder))
-        self._cookie = answer.cookie or self._cookie
-        body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # that is a secret
-        self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP {answer.status} "
-                        f"{body}")
-        return answer
+        self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
+        done = self.programs.run(command, os.fsencode(secrets), folder, watch)
+        answers = read_answers(done, mark, len(urls))
+        for url, answer in zip(urls, answers):
+            self._cookie = answer.cookie or self._cookie
+            body = "" if "JSESSION" in url else " ".join(answer.body.split())[:500]  # a secret
+            self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
+                            f"{answer.status} {body}")
+        return answers
 
     def ask_until(self, about: str, request: Callable[[], Answer],
                   judge: Callable[[Answer], Verdict]) -> Tuple[Answer, Verdict, int]:
@@ -805,34 +849,25 @@ class Xnat:
         answer = self.ask("GET", BUILD_INFO, seconds=30)
         return answer.code == 0 and answer.status not in BUSY_STATUS
 
-    def get(self, path: str, query: Optional[Dict[str, str]] = None, needed: bool = True) -> Any:
-        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers.
-
-        What is not `needed` is asked for once, and None if the server does not tell it.
-        """
+    def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
+        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
         query = dict(query or {}, format="json")
-        if needed:
-            answer, verdict, _ = self.ask_until(
-                path, lambda: self.ask("GET", path, query), self.judge)
-        else:
-            answer, verdict = self.ask("GET", path, query, seconds=60), Verdict()
-        if answer.status == 404 or not needed and answer.status != 200:
+        answer, verdict, _ = self.ask_until(
+            path, lambda: self.ask("GET", path, query), self.judge)
+        if answer.status == 404:
             return None
         try:
             return json.loads(answer.body if answer.status == 200 else "")
         except (ValueError, RecursionError):
             raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}")
 
-    def rows(self, path: str, query: Optional[Dict[str, str]] = None, needed: bool = True
-             ) -> Optional[List[Dict[str, str]]]:
-        """A listing with lower-case column names (xnat.md 8), None as with `get`."""
-        found = self.get(path, query, needed)
-        try:
-            return None if found is None else [
-                {key.lower(): "" if value is None else str(value) for key, value in row.items()}
-                for row in found["ResultSet"]["Result"]]
-        except (KeyError, TypeError, AttributeError):
+    def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
+        """A listing, None if there is none (404). Raises Trouble for other answers."""
+        found = self.get(path, query)
+        rows = table(found)
+        if rows is None and found is not None:
             raise Trouble(f"{path} is no listing: is this XNAT's own address?")
+        return rows
 
     # The server, once
 
@@ -846,23 +881,22 @@ class Xnat:
         if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(self.refusal(answer))
         self._cookie = answer.body.strip()
-        # Without a version the series of a session go one by one.
-        with suppress(ValueError, AttributeError, RecursionError):
-            info = json.loads(self.ask("GET", BUILD_INFO, seconds=30).body)
-            self.version = str(info.get("version", ""))
         try:
             self.project = self._find_project()
-            self.project_path = f"/data/projects/{quote(self.project, safe='')}"
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}")
-        with suppress(Trouble):  # a subject is found without regard to case (xnat.md 4.4)
-            subjects = self.rows(f"{self.project_path}/subjects", needed=False) or []
-            self.subjects = {row.get("label", "").lower(): row.get("label", "") for row in subjects}
-        with suppress(Trouble):  # None: this server does not tell
-            rows = self.rows(f"{self.project_path}/experiments", needed=False)
-            self.archived = None if rows is None else {row.get("label", "") for row in rows}
-        with suppress(Trouble):
-            self.replaces |= self.get(f"{self.project_path}/prearchive_code", needed=False) == 5
+        self.project_path = f"/data/projects/{quote(self.project, safe='')}"
+        # Not every server tells these to every user, and none of them is needed.
+        info, subjects, archived, code = self.ask_once(BUILD_INFO, *(
+            f"{self.project_path}/{what}" for what in ("subjects", "experiments",
+                                                       "prearchive_code")))
+        # Without a version the series of a session go one by one.
+        self.version = str(info.get("version", "")) if isinstance(info, dict) else ""
+        for row in table(subjects) or []:  # found without regard to case (xnat.md 4.4)
+            self.subjects[row.get("label", "").lower()] = row.get("label", "")
+        rows = table(archived)
+        self.archived = None if rows is None else {row.get("label", "") for row in rows}
+        self.replaces |= code == 5
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
@@ -959,31 +993,37 @@ class Xnat:
 
     # One part
 
-    def send(self, part: Part, workdir: Workdir, address: str) -> Outcome:
+    def send(self, part: Part, workdir: Workdir, address: str,
+             before: Optional[Future[Any]] = None) -> Outcome:
         """Pack one part and POST it until it is sent, refused or out of tries (xnat.md 1, 2).
 
-        `address` is where the session's earlier parts lie.
+        `address` is where the session's earlier parts lie; it is posted only after the part
+        `before` it in its series is sent.
         """
-        session, started = part.session, time.monotonic()
+        session = part.session
         query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
                  "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
                  "overwrite": "append"}
         if not self.settings.no_commit:  # else five idle minutes archive half a session (6.1)
             query["prevent_auto_commit"] = "true"
         files = part.series.listing()[part.start:part.stop]
+        total = sum(length for _, length, _ in files)
         try:
-            with workdir.room_for(files) as zipped:
+            with workdir.room_for(files) as zipped, self.teller.moving(len(files), total) as moved:
                 pack(part.series, files, zipped, self.settings.compression, self.programs)
                 zip_size = os.path.getsize(zipped)
+                if before and not getattr(before.result(), "address", ""):
+                    return Outcome(message="an earlier part of it was not sent")
                 answer, verdict, tries = self.ask_until(
                     f"{session.label} {part.series.name}",
-                    lambda: self.ask("POST", "/data/services/import", query, zipped),
+                    lambda: self.ask("POST", "/data/services/import", query, zipped, moved=moved),
                     lambda answer: self.judge_part(answer, part))
-            moved = verdict.address and address and verdict.address != address
-            return Outcome(verdict.address, verdict.message, zip_size, time.monotonic() - started,
-                           tries, answer.status, bool(moved) and not self.settled(address))
+                moved(1.0 if verdict.address else 0.0)
+                away = verdict.address and address and verdict.address != address
+                return Outcome(verdict.address, verdict.message, zip_size, tries, answer.status,
+                               bool(away) and not self.settled(address))
         except (Trouble, OSError) as trouble:
-            return Outcome(message=str(trouble), seconds=time.monotonic() - started)
+            return Outcome(message=str(trouble))
 
     # A whole session
 
@@ -994,10 +1034,8 @@ class Xnat:
             if memory.address and self.settled(memory.address):
                 return Standing("open")
             path = self._archive_path(session)
-            if memory.address:  # gone: by a commit whose answer was lost, by a timer, or by hand
-                standing = self._verify(session, memory, "archived", path)
-                lost = standing.message and standing.files <= memory.before
-                return Standing("lost", files=standing.files) if lost else standing
+            if memory.address:
+                return self._gone(session, memory)
             if to_send:
                 there = self.archived is None or session.label in self.archived
                 return Standing("new", files=self.count(path) or 0 if there else 0)
@@ -1033,12 +1071,10 @@ class Xnat:
                 # Refused, or the answer was lost on the way while XNAT went on: look.
                 status = self.settled(address)
                 if not status:
-                    path = self._archive_path(session)
-                    standing = self._verify(session, memory, "archived", path)
-                    if standing.message and standing.files <= memory.before:
-                        standing = Standing(message="it is gone from the prearchive, and XNAT's "
-                                            "archive does not have it: run again to send it again")
-                    return standing
+                    standing = self._gone(session, memory)
+                    return standing if standing.where != "lost" else Standing(
+                        message="it is gone from the prearchive, and XNAT's archive does not have "
+                        "it: run again to send it again")
                 lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
                 again = lost and status in ("RECEIVING", "READY")
                 if not again or tries > self.settings.retries:
@@ -1050,6 +1086,13 @@ class Xnat:
             return Standing(message=f"XNAT did not archive it ({said(answer)}): {remedy(answer)}")
         except (Trouble, OSError) as trouble:
             return Standing(message=str(trouble))
+
+    def _gone(self, session: Session, memory: Memory) -> Standing:
+        """What a session has come to that left the prearchive: by a commit whose answer was lost,
+        by a timer, or by hand."""
+        standing = self._verify(session, memory, "archived", self._archive_path(session))
+        lost = standing.message and standing.files <= memory.before
+        return Standing("lost", files=standing.files) if lost else standing
 
     def _archive_path(self, session: Session) -> str:
         subject = self.subjects.get(session.subject_label.lower(), session.subject_label)
@@ -1073,14 +1116,15 @@ class Xnat:
         scans = self.rows(path + "/scans")
         if scans is None:
             return None
+        folders = [f"{path}/scans/{quote(scan.get('id', ''), safe='')}/resources" for scan in scans]
         total = 0
-        for scan in scans:
-            folder = f"{path}/scans/{quote(scan.get('id', ''), safe='')}/resources"
-            for resource in self.rows(folder) or []:
-                if resource.get("label") in ("DICOM", "secondary"):
-                    count = resource.get("file_count", "")
+        for folder, found in zip(folders, self.ask_once(*folders) if folders else []):
+            rows = table(found)
+            for row in (self.rows(folder) or []) if rows is None else rows:
+                if row.get("label") in ("DICOM", "secondary"):
+                    count = row.get("file_count", "")
                     if not count.isdigit():  # an old catalog without statistics
-                        count = str(len(self.rows(f"{folder}/{resource['label']}/files") or []))
+                        count = str(len(self.rows(f"{folder}/{row['label']}/files") or []))
                     total += int(count)
         return total
 
@@ -1115,9 +1159,20 @@ def quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def read_answer(done: subprocess.CompletedProcess[bytes]) -> Answer:
-    """Take curl's output apart: the headers of each hop, the body, the status at the very end."""
-    out, _, tail = done.stdout.rpartition(b"\n")
+def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, count: int) -> List[Answer]:
+    """Take curl's output apart: each answer ends with its HTTP status and `mark`."""
+    pieces = re.split(rb"\n(\d{3}) " + mark.encode() + rb"\n", done.stdout)
+    pieces = pieces[:-1] or [done.stdout, b"000"]  # curl was killed: no mark, no status
+    pairs = list(zip(pieces[::2], pieces[1::2]))[:count]
+    pairs += [(b"", b"000")] * (count - len(pairs))
+    # The exit status is that of the last one; of the others the HTTP status tells.
+    return [read_answer(out, int(status), done if at == count else None)
+            for at, (out, status) in enumerate(pairs, 1)]
+
+
+def read_answer(out: bytes, status: int,
+                done: Optional[subprocess.CompletedProcess[bytes]]) -> Answer:
+    """One answer: the headers of each hop, then the body."""
     found = re.match(rb"(?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+", out)
     head = found[0].decode("latin-1") if found else ""
 
@@ -1125,17 +1180,26 @@ def read_answer(done: subprocess.CompletedProcess[bytes]) -> Answer:
         match = re.search(rf"(?im)^{pattern}", head)
         return match[1].strip() if match else ""
 
-    # After a failed transfer curl may still say 100 or 200.
-    status = int(tail) if done.returncode == 0 and tail.isdigit() else 0
+    code, told = (done.returncode, done.stderr.decode("utf-8", "replace")) if done else (0, "")
+    error = re.search(r"curl: \(\d+\) (.*)", told, re.DOTALL)  # after the bars of its progress
     wait = header(r"retry-after: *(\d{1,6})\s*$")
-    error = re.sub(r"^curl: \(\d+\) ", "", " ".join(done.stderr.decode("utf-8", "replace").split()))
     return Answer(
-        done.returncode, status, out[len(head):].decode("utf-8", "replace"),
-        error[:200],
+        code, 0 if code else status,  # after a failed transfer curl may still say 100 or 200
+        out[len(head):].decode("utf-8", "replace"),
+        " ".join(error[1].split())[:200] if error else "",
         header(r"location:(.*)$"),
         min(600.0, float(wait or 0)),  # no server is waited for longer than ten minutes
         # A new server session where the old one had expired; not the guest's of a refusal.
         header(r"set-cookie: *JSESSIONID=([0-9A-Za-z._-]+)") if status == 200 else "")
+
+
+def table(found: Any) -> Optional[List[Row]]:
+    """The rows of a listing with lower-case column names (xnat.md 8), None if it is none."""
+    try:
+        return [{key.lower(): "" if value is None else str(value) for key, value in row.items()}
+                for row in found["ResultSet"]["Result"]]
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def curl_trouble(answer: Answer) -> str:
@@ -1311,9 +1375,11 @@ class Tally:
     parts: Deque[Part] = field(default_factory=deque)
     status: str = ""  # '' while on its way; sent, not sent, already there, left out, no DICOM
     message: str = ""
-    busy: bool = False
+    jobs: int = 0  # parts that are packed or posted now
+    last: Optional[Future[Any]] = None  # of these jobs
     files: int = 0
     zipped: int = 0  # bytes
+    started: float = 0.0
     seconds: float = 0.0
     tries: int = 0
     status_code: int = 0
@@ -1365,10 +1431,27 @@ class Journey:
         if not self.looked:
             return "look", None
         for tally in self.tallies:
-            if tally.parts and not tally.busy:
+            if tally.parts and not tally.jobs:
                 return "send", tally
         whole = self.memory.address and not self.jobs and not self.failed()
         return ("commit" if whole and not self.settings.no_commit else ""), None
+
+    def next_ahead(self) -> Optional[Tally]:
+        """A series whose next part may be packed while the ones before it are posted.
+
+        Only once no other series waits for a worker; two zips ahead keep the line busy.
+        """
+        if any(tally.parts and not tally.jobs for tally in self.tallies):
+            return None
+        return next((tally for tally in self.tallies if tally.parts and tally.jobs < 3), None)
+
+    def next_part(self, tally: Tally, quick: bool) -> Part:
+        """The next part of a series; of one file, if `quick`: its answer lets the others go."""
+        part = tally.parts.popleft()
+        if quick and not self.memory.address and part.stop - part.start > 1:
+            tally.parts.appendleft(replace(part, start=part.start + 1))
+            part = replace(part, stop=part.start + 1)
+        return part
 
     def failed(self) -> bool:
         return bool(self.message) or any(tally.status == "not sent" for tally in self.tallies)
@@ -1418,10 +1501,12 @@ class Run:
     def _start_jobs(self) -> bool:
         """Give every free worker what may go next; False when nothing is left."""
         while self.jobs < self.settings.procs:
-            if not any(self._start_one(journey) for journey in self.active):
-                if not self.waiting:
-                    break
+            if any(self._start_one(journey) for journey in self.active):
+                continue
+            if self.waiting:
                 self._open(self.waiting.popleft())
+            elif not any(self._start_ahead(journey) for journey in self.active):
+                break
         return self.jobs > 0
 
     def _open(self, session: Session) -> None:
@@ -1444,23 +1529,41 @@ class Run:
         elif kind == "commit":
             self._submit(journey, lambda: self.xnat.commit(session, memory), self._settle)
         elif tally:
-            part = tally.parts.popleft()
-            tally.busy = True
-            self._submit(journey, lambda: self.xnat.send(part, self.workdir, memory.address),
-                         lambda journey, outcome: self._sent(journey, tally, part, outcome))
+            self._start_part(journey, tally)
         return bool(kind)
 
+    def _start_ahead(self, journey: Journey) -> bool:
+        """Start packing what this session may post later, if anything."""
+        tally = journey.next_ahead()
+        if tally:
+            self._start_part(journey, tally)
+        return bool(tally)
+
+    def _start_part(self, journey: Journey, tally: Tally) -> None:
+        # While a long session is the only one, nobody works until its first answer has come.
+        left = sum(len(each.parts) for each in journey.tallies)
+        alone = not self.waiting and len(self.active) == 1 and left > self.settings.procs > 1
+        part = journey.next_part(tally, quick=alone and self.xnat.takes_side_by_side())
+        address, before = journey.memory.address, tally.last if tally.jobs else None
+        tally.jobs += 1
+        tally.started = tally.started or time.monotonic()
+        tally.last = self._submit(
+            journey, lambda: self.xnat.send(part, self.workdir, address, before),
+            lambda journey, outcome: self._sent(journey, tally, part, outcome))
+
     def _submit(self, journey: Journey, work: Callable[[], Any],
-                then: Callable[[Journey, Any], None]) -> None:
-        def job() -> None:
+                then: Callable[[Journey, Any], None]) -> Future[Any]:
+        def job() -> Any:
             try:
-                self.done.put((journey, then, work()))
+                result = work()
             except BaseException as error:  # the main thread decides
-                self.done.put((journey, then, error))
+                result = error
+            self.done.put((journey, then, result))
+            return result
 
         self.jobs += 1
         journey.jobs += 1
-        self.pool.submit(job)
+        return self.pool.submit(job)
 
     def _take(self, journey: Journey, then: Callable[[Journey, Any], None], result: Any) -> None:
         """Take in the end of a job."""
@@ -1499,10 +1602,10 @@ class Run:
                                 "the session unless --overwrite-files)")
 
     def _sent(self, journey: Journey, tally: Tally, part: Part, outcome: Outcome) -> None:
-        tally.busy = False
-        tally.seconds += outcome.seconds
+        tally.jobs -= 1
         tally.tries += outcome.tries
         tally.status_code = outcome.status
+        tally.seconds = time.monotonic() - tally.started
         session, here = journey.session, journey.memory.address or outcome.address
         if outcome.moved and outcome.address != here:
             self.teller.say(f"{session.label}: XNAT archived what was sent before by itself")
@@ -1515,15 +1618,13 @@ class Run:
             self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
                             files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
             tally.files += part.stop - part.start
-            listing = part.series.listing()[part.start:part.stop]
-            self.teller.progress(len(listing), sum(length for _, length, _ in listing))
             tally.zipped += outcome.zipped
             tally.address = here
-            tally.status = "" if tally.parts else "sent"
         else:
             tally.parts.clear()
-            tally.status, tally.message = "not sent", outcome.message
-        if tally.status:
+            tally.message = tally.message or outcome.message
+        if not tally.parts and not tally.jobs:
+            tally.status = "not sent" if tally.message else "sent"
             self.teller.series(journey.session, tally)
 
     def _close_if_over(self, journey: Journey) -> None:
@@ -1573,6 +1674,7 @@ class Teller:
         self._sessions: Counter[str] = Counter()
         self._series: Counter[str] = Counter()
         self._files = self._bytes = self._zipped = 0
+        self._moving: Dict[object, float] = {}  # bytes of each part that have gone out so far
         self._goal = (0, 0)  # series and bytes to send
         self._widths = (0, 0)  # of labels and of series names
         self._started = time.monotonic()
@@ -1580,6 +1682,7 @@ class Teller:
         self._handles: Dict[str, int] = {}  # of log and report, once they are open
         self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = False  # whether the moving line is on the screen
+        self._drawn = 0.0  # when it was last put there
 
     def open_files(self, settings: Settings) -> None:
         """Begin log and report in the workdir, readable by their owner only."""
@@ -1631,18 +1734,36 @@ class Teller:
             sys.stderr.flush()
             self._shown = False
 
-    def progress(self, files: int = 0, sent: int = 0) -> None:
-        """The one moving line, on a terminal only, after `files` of `sent` bytes have arrived."""
+    @contextmanager
+    def moving(self, files: int, total: int) -> Iterator[Callable[[float], None]]:
+        """For a part of so many files and bytes: a way to tell how much of it has gone out."""
+        mine = object()
+
+        def moved(share: float) -> None:
+            with self._lock:
+                self._moving[mine] = share * total
+            self.progress()
+
+        try:
+            yield moved
+        finally:
+            with self._lock:
+                if self._moving.pop(mine, 0.0) == total:
+                    self._files += files
+                    self._bytes += total
+
+    def progress(self) -> None:
+        """The one moving line, on a terminal only, and not more often than eyes can follow."""
         with self._lock:
-            self._files += files
-            self._bytes += sent
-            if not self._moves:
+            if not self._moves or time.monotonic() < self._drawn + 0.1:
                 return
+            self._drawn = time.monotonic()
             series, total = self._goal
-            rate = self._bytes / max(1.0, time.monotonic() - self._started)
-            left = (total - self._bytes) / rate if rate else 0
-            text = (f"[{self._series['sent']} of {series} series  {left:.0f} s left  "
-                    f"{size(self._bytes)} of {size(total)}  {size(rate)}/s]")
+            sent = self._bytes + sum(self._moving.values())
+            rate = sent / max(1.0, time.monotonic() - self._started)
+            left = f"{duration((total - sent) / rate)} left  " if rate else ""
+            text = (f"[{self._series['sent']} of {series} series  {size(sent)} of {size(total)}  "
+                    f"{size(rate)}/s  {left}]")
             self._erase()
             sys.stderr.write(text[:shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
@@ -1817,6 +1938,14 @@ def size(count: float) -> str:
             return f"{count:.{digits}f} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, for people."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else (
+        f"{seconds} s")
 
 
 def plural(count: int, noun: str) -> str:
