@@ -43,6 +43,7 @@ import fnmatch
 import getpass
 import glob
 import hashlib
+import heapq
 import html
 import io
 import itertools
@@ -59,13 +60,14 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence,
                     Set, TextIO, Tuple)
 from urllib.parse import quote, urlencode, urlsplit
@@ -121,6 +123,8 @@ class Settings:
     cacert: str
     insecure: bool
     logname: str
+    quiet: bool
+    verbose: bool
     command: str  # the same call, without the password
 
 
@@ -179,6 +183,16 @@ class Part:
     series: Series
     start: int
     stop: int
+
+    @property
+    def bytes(self) -> int:
+        """Of its files, about: as if all files of a series were of one size."""
+        return self.series.bytes * (self.stop - self.start) // self.series.files
+
+    @property
+    def room(self) -> int:
+        """Bytes that its zip never exceeds, about."""
+        return zip_room(self.bytes, self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -617,7 +631,7 @@ class Workdir:
 
         Waits while other zips are in the way; raises Trouble if it would not fit even alone.
         """
-        need = sum(length + 1024 for _, length, _ in files) + 65536  # never more than this
+        need = zip_room(sum(length for _, length, _ in files), len(files))
         with self._room:
             while shutil.disk_usage(self.zips).free - self._promised < need:
                 if not self._promised:
@@ -636,6 +650,11 @@ class Workdir:
             with self._room:
                 self._promised -= need
                 self._room.notify_all()
+
+
+def zip_room(total: int, files: int) -> int:
+    """Bytes that a zip of so many bytes in so many files never exceeds."""
+    return total + 1024 * files + 65536
 
 
 def pack(series: Series, files: List[File], target: str, level: int, programs: Programs) -> None:
@@ -1009,7 +1028,8 @@ class Xnat:
         files = part.series.listing()[part.start:part.stop]
         total = sum(length for _, length, _ in files)
         try:
-            with workdir.room_for(files) as zipped, self.teller.moving(len(files), total) as moved:
+            with workdir.room_for(files) as zipped, self.teller.at_work(
+                    f"{session.label} {part.series.name}", len(files), total) as moved:
                 pack(part.series, files, zipped, self.settings.compression, self.programs)
                 zip_size = os.path.getsize(zipped)
                 if before and not getattr(before.result(), "address", ""):
@@ -1054,6 +1074,10 @@ class Xnat:
 
     def commit(self, session: Session, memory: Memory) -> Standing:
         """Commit a whole session, and verify it by the server's own count (xnat.md 6.2, 8)."""
+        with self.teller.at_work(f"archiving {session.label}"):
+            return self._commit(session, memory)
+
+    def _commit(self, session: Session, memory: Memory) -> Standing:
         address, query = memory.address, {"action": "commit"}
         if self.settings.overwrite_files:
             query["overwrite_files"] = "true"
@@ -1487,7 +1511,9 @@ class Run:
         """Run until every session is over. Raises Stop; no job is left, whatever happens."""
         try:
             while self._start_jobs():
-                self._take(*self.done.get())
+                with suppress(Empty):
+                    self._take(*self.done.get(timeout=0.25))
+                self.teller.progress()
         except BaseException:
             self.xnat.programs.stop()
             raise
@@ -1541,9 +1567,10 @@ class Run:
 
     def _start_part(self, journey: Journey, tally: Tally) -> None:
         # While a long session is the only one, nobody works until its first answer has come.
-        left = sum(len(each.parts) for each in journey.tallies)
-        alone = not self.waiting and len(self.active) == 1 and left > self.settings.procs > 1
-        part = journey.next_part(tally, quick=alone and self.xnat.takes_side_by_side())
+        waiting = sum(1 for each in journey.tallies if each.parts)
+        alone = not self.waiting and len(self.active) == 1 and waiting > self.settings.procs > 1
+        quick = alone and not journey.jobs and self.xnat.takes_side_by_side()
+        part = journey.next_part(tally, quick)
         address, before = journey.memory.address, tally.last if tally.jobs else None
         tally.jobs += 1
         tally.started = tally.started or time.monotonic()
@@ -1668,21 +1695,23 @@ ENDS = {
 class Teller:
     """The one place that prints: results to stdout, the rest to stderr, all of it to the log."""
 
+    HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
+
     def __init__(self) -> None:
         self.failures: List[str] = []
         self.report_path = ""
+        self._quiet = self._verbose = False
         self._sessions: Counter[str] = Counter()
         self._series: Counter[str] = Counter()
         self._files = self._bytes = self._zipped = 0
-        self._moving: Dict[object, float] = {}  # bytes of each part that have gone out so far
+        self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
         self._goal = (0, 0)  # series and bytes to send
         self._widths = (0, 0)  # of labels and of series names
-        self._started = time.monotonic()
+        self._began = self._heard = self._drawn = time.monotonic()
         self._lock = threading.RLock()
         self._handles: Dict[str, int] = {}  # of log and report, once they are open
         self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = False  # whether the moving line is on the screen
-        self._drawn = 0.0  # when it was last put there
 
     def open_files(self, settings: Settings) -> None:
         """Begin log and report in the workdir, readable by their owner only."""
@@ -1696,12 +1725,29 @@ class Teller:
         self.report_path = base + ".csv"
         for kind, path in (("log", base + ".log"), ("report", self.report_path)):
             self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._quiet, self._verbose = settings.quiet, settings.verbose
         self._write("report", csv_line(REPORT))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
+    # One line
+
     def log(self, text: str) -> None:
-        """A line for the log only."""
+        """A line for the log only; with --verbose on stderr too."""
         self._write("log", f"{now()} {printable(text)}\n")
+        if self._verbose:
+            self._show(sys.stderr, f"  {text}")
+
+    def line(self, text: str = "", important: bool = True) -> None:
+        """A result: a line on stdout and in the log. --quiet shows only what is `important`."""
+        self._write("log", f"{now()} {printable(text)}\n")
+        if important or not self._quiet:
+            self._show(sys.stdout, text)
+
+    def say(self, text: str, drawing: str = "") -> None:
+        """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
+        self._write("log", f"{now()} {printable(text)}\n")
+        for line in (f"dicomUpload: {text}", *drawing.splitlines()):
+            self._show(sys.stderr, line)
 
     def _write(self, kind: str, text: str) -> None:
         with self._lock:
@@ -1713,20 +1759,64 @@ class Teller:
                     raise Stop(f"{kind} beside {self.report_path}: cannot be written "
                                f"({error.strerror}): make room, then run again")
 
-    def line(self, text: str = "") -> None:
-        """A result: a line on stdout and in the log."""
+    def _show(self, stream: TextIO, text: str) -> None:
+        """Print a line. A reader that has gone away (`| head`) does not stop the upload."""
         with self._lock:
-            self.log(text)
             self._erase()
-            show(sys.stdout, text)
+            self._heard = time.monotonic()
+            coding = stream.encoding or "ascii"
+            try:
+                stream.write(printable(text).encode(coding, "backslashreplace").decode(coding))
+                stream.write("\n")
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-    def say(self, text: str, drawing: str = "") -> None:
-        """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
+    # While it goes on
+
+    @contextmanager
+    def at_work(self, name: str, files: int = 0, total: int = 0
+                ) -> Iterator[Callable[[float], None]]:
+        """While something goes on: a way to tell which share of its `total` bytes has gone out."""
+        mine = object()
+
+        def moved(share: float) -> None:
+            with self._lock:
+                self._at_work[mine] = (name, share * total)
+
+        moved(0.0)
+        try:
+            yield moved
+        finally:
+            with self._lock:
+                if self._at_work.pop(mine)[1] == total:
+                    self._files += files
+                    self._bytes += total
+
+    def progress(self) -> None:
+        """On a terminal the one moving line; elsewhere a line now and then."""
         with self._lock:
-            self.log(text)
-            self._erase()
-            for line in (f"dicomUpload: {text}", *drawing.splitlines()):
-                show(sys.stderr, line)
+            moment = time.monotonic()
+            if self._moves and not self._quiet and moment > self._drawn + 0.1:
+                self._drawn = moment
+                with suppress(OSError):
+                    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                    self._erase()
+                    sys.stderr.write(fitting(self._standing(), columns - 1))
+                    sys.stderr.flush()
+                    self._shown = True
+            elif not (self._moves or self._quiet) and moment > self._heard + self.HEARTBEAT:
+                self.say(f"still at work: {self._standing()}")
+
+    def _standing(self) -> str:
+        """How far it is, how fast, how long it will take, and what is going on."""
+        series, total = self._goal
+        sent = self._bytes + sum(each for _, each in self._at_work.values())
+        rate = sent / max(1.0, time.monotonic() - self._began)
+        left = f"  {duration((total - sent) / rate)} left" if 0 < sent < total else ""
+        names = [name for name, _ in self._at_work.values()][:1]
+        return (f"[{self._series['sent']} of {series} series  {size(sent)} of {size(total)}  "
+                f"{size(rate)}/s{left}]  {''.join(names)}")
 
     def _erase(self) -> None:
         if self._shown:
@@ -1734,60 +1824,29 @@ class Teller:
             sys.stderr.flush()
             self._shown = False
 
-    @contextmanager
-    def moving(self, files: int, total: int) -> Iterator[Callable[[float], None]]:
-        """For a part of so many files and bytes: a way to tell how much of it has gone out."""
-        mine = object()
-
-        def moved(share: float) -> None:
-            with self._lock:
-                self._moving[mine] = share * total
-            self.progress()
-
-        try:
-            yield moved
-        finally:
-            with self._lock:
-                if self._moving.pop(mine, 0.0) == total:
-                    self._files += files
-                    self._bytes += total
-
-    def progress(self) -> None:
-        """The one moving line, on a terminal only, and not more often than eyes can follow."""
-        with self._lock:
-            if not self._moves or time.monotonic() < self._drawn + 0.1:
-                return
-            self._drawn = time.monotonic()
-            series, total = self._goal
-            sent = self._bytes + sum(self._moving.values())
-            rate = sent / max(1.0, time.monotonic() - self._started)
-            left = f"{duration((total - sent) / rate)} left  " if rate else ""
-            text = (f"[{self._series['sent']} of {series} series  {size(sent)} of {size(total)}  "
-                    f"{size(rate)}/s  {left}]")
-            self._erase()
-            sys.stderr.write(text[:shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
-            self._shown = True
+    # Before
 
     def plan(self, plan: Plan, to_send: List[Part]) -> None:
         """What is about to happen, in a few lines."""
         pairs = list(plan.pairs())
-        series = {id(part.series): part.series for part in to_send}.values()
-        self._goal = (len(series), sum(each.bytes for each in series))
+        series = {id(part.series) for part in to_send}
+        files = sum(part.stop - part.start for part in to_send)
+        self._goal = (len(series), sum(part.bytes for part in to_send))
         self._widths = (max((len(session.label) for session in plan.sessions), default=0),
                         min(40, max((len(printable(each.name)) for _, each in pairs), default=0)))
+        self._began = time.monotonic()
         subjects = len({session.subject_label for session in plan.sessions})
-        files = sum(part.stop - part.start for part in to_send)
         left_out = sum(1 for _, each in pairs if each.left_out)
         self.line(f"{plural(subjects, 'subject')}, {plural(len(plan.sessions), 'session')}: "
-                  f"{len(series)} series to send ({plural(files, 'file')}, {size(self._goal[1])}), "
-                  f"{left_out} left out")
+                  f"{len(series):,} series to send ({plural(files, 'file')}, "
+                  f"{size(self._goal[1])}), {left_out:,} left out", important=False)
         if plan.not_chosen:
-            self.line(f"{plural(plan.not_chosen, 'session')} left out by --only")
-        named = " (named in the log)" if self._handles else ""
-        junk = sum(each.not_dicom for _, each in pairs)
+            self.line(f"{plural(plan.not_chosen, 'session')} left out by --only", important=False)
+        junk, named = sum(each.not_dicom for _, each in pairs), ""
+        if self._handles:
+            named = " (named in the log)"
         if junk:
-            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent")
+            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent", important=False)
         if plan.strays:
             self.say(f"{plan.strays[0]}: {plural(len(plan.strays), 'file')} where folders "
                      f"belong{named}: not sent")
@@ -1800,49 +1859,66 @@ class Teller:
         for session in plan.sessions:
             if session.label != session.path.replace("/", "_"):
                 self.line(f"{session.path} becomes session {session.label} of subject "
-                          f"{session.subject_label}")
-        self.line()
+                          f"{session.subject_label}", important=False)
+        self.line(important=False)
 
-    def dry_run(self, plan: Plan, ledger: Ledger, settings: Settings) -> None:
+    def dry_run(self, plan: Plan, to_send: List[Part], ledger: Ledger, settings: Settings,
+                not_dicom: List[str]) -> None:
         """Every series with what would become of it, and whether there is room."""
         for session in plan.sessions:
+            self.line(f"{session.path} goes to subject {session.subject_label}, session "
+                      f"{session.label}{'' if session.series else ': nothing to send'}")
             for tally in Journey(session, ledger.of(session), settings).tallies:
-                series = tally.series
-                detail = f"{plural(series.files, 'file')}  {size(series.bytes)}"
-                if series.not_dicom and series.files:
-                    detail += f"  ({series.not_dicom} not DICOM)"
-                self._series_line(session, series, tally.status or "would send",
-                                  tally.message or detail)
-            if not session.series:
-                self.line(f"{session.label}  nothing to send")
+                detail = tally.message
+                if not tally.status:
+                    files = sum(part.stop - part.start for part in tally.parts)
+                    total = sum(part.bytes for part in tally.parts)
+                    detail = f"{plural(files, 'file'):>11}  {size(total):>8}"
+                elif tally.status == "not sent":
+                    self.failures.append(f"{session.label} {tally.series.name}: {tally.message}")
+                self._series_line(session.label, tally.series, tally.status or "would send", detail)
+        self.line()
+        for each in not_dicom[:20]:
+            self.line(each)
+        if not_dicom[20:]:
+            self.line(f"not DICOM: {plural(len(not_dicom) - 20, 'file')} more")
         folder = os.path.abspath(settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
-        self.line()
-        self.line(f"Free for zips in {settings.workdir}: {size(shutil.disk_usage(folder).free)}")
+        free = shutil.disk_usage(folder).free
+        need = [part.room for part in heapq.nlargest(settings.procs, to_send, lambda p: p.room)]
+        self.line(f"Room for zips in {settings.workdir}: {size(free)} free, up to "
+                  f"{size(sum(need))} needed at once")
+        if need and need[0] > free:
+            self.failures.append(f"workdir {settings.workdir}: too full for the largest zip "
+                                 f"({size(need[0])}): make room, choose another --workdir, or "
+                                 "lower --max-files")
         for failure in self.failures:
             self.line(f"Not there: {failure}")
         self.line(f"Nothing was sent and nobody contacted. To send: {settings.command}")
 
-    def _series_line(self, session: Session, series: Series, status: str, detail: str) -> None:
-        label, name = self._widths
-        self.line(f"{session.label:<{label}}  {printable(series.name):<{name}}  {status:<13} "
-                  f"{detail}".rstrip())
+    # After
+
+    def _series_line(self, label: str, series: Series, status: str, detail: str,
+                     important: bool = True) -> None:
+        widths = self._widths
+        if series.not_dicom and series.files:
+            detail += f"  ({series.not_dicom} not DICOM)"
+        self.line(f"{label:<{widths[0]}}  {printable(series.name):<{widths[1]}}  {status:<13} "
+                  f"{detail}".rstrip(), important)
 
     def series(self, session: Session, tally: Tally) -> None:
-        """One line, and one row in the report, for a series that is settled."""
-        series, detail = tally.series, tally.message
+        """One line for a series that is settled."""
+        detail = tally.message
         self._series[tally.status] += 1
         if tally.status == "sent":
             detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.zipped):>8}  "
                       f"{tally.seconds:.1f} s")
             self._zipped += tally.zipped
         elif tally.status == "not sent":
-            self.failures.append(f"{session.label} {series.name}: {tally.message}")
-        if series.not_dicom and series.files:
-            detail += f"  ({series.not_dicom} not DICOM)"
-        self._series_line(session, series, tally.status, detail)
-        self.progress()
+            self.failures.append(f"{session.label} {tally.series.name}: {tally.message}")
+        self._series_line(session.label, tally.series, tally.status, detail,
+                          important=tally.status == "not sent")
 
     def report(self, session: Session, tally: Tally) -> None:
         """One row in the report."""
@@ -1864,12 +1940,11 @@ class Teller:
         elif where in ("archived", "prearchived"):
             files = plural(journey.verified, "file")
             text += f", {files} verified" if journey.verified else ", by an earlier run"
-        self.line(f"{label}  {text}")
-        self.progress()
+        self.line(f"{label}  {text}", important=journey.failed())
 
     def summary(self, run: Run) -> None:
         """The end: how much is there, each failure again, and what to do."""
-        ends, seconds = self._sessions, time.monotonic() - self._started
+        ends, seconds = self._sessions, time.monotonic() - self._began
         unfinished = len(run.active) + len(run.waiting)
         total = sum(ends.values()) + unfinished
         there = ends["archived"] + ends["prearchived"]
@@ -1880,11 +1955,15 @@ class Teller:
         words += [f"{ends[end]} {end}" for end in ("sent", "not archived", "held back", "failed",
                                                    "nothing to send") if ends[end]]
         words += [f"{unfinished} not finished"] if unfinished else []
-        self.line()
+        self.line(important=False)
         self.line("; ".join(words) + ".")
+        counts = (f"{self._series[status]:,} {word}" for status, word in (
+            ("sent", "sent"), ("already there", "already there"), ("left out", "left out"),
+            ("no DICOM", "without DICOM"), ("not sent", "failed")) if self._series[status])
+        self.line(f"Series: {', '.join(counts) or 'none finished'}.")
         if self._files:
-            self.line(f"{self._series['sent']} series, {plural(self._files, 'file')}, "
-                      f"{size(self._bytes)} ({size(self._zipped)} zipped) in {seconds:.0f} s "
+            self.line(f"{plural(self._files, 'file')}, {size(self._bytes)} "
+                      f"({size(self._zipped)} zipped) in {duration(seconds)} "
                       f"({size(self._bytes / max(seconds, 0.1))}/s).")
         halves = [journey.session.label for journey in run.active if journey.memory.address]
         if halves:
@@ -1904,14 +1983,12 @@ def csv_line(row: Sequence[object]) -> str:
     return text.getvalue()
 
 
-def show(stream: TextIO, text: str) -> None:
-    """Print a line. A reader that has gone away (`| head`) does not stop the upload."""
-    try:
-        coding = stream.encoding or "ascii"
-        stream.write(printable(text).encode(coding, "backslashreplace").decode(coding) + "\n")
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def fitting(text: str, columns: int) -> str:
+    """As much of `text` as fits: letters of some scripts are two columns wide, accents none."""
+    widths = itertools.accumulate(
+        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
+        for each in printable(text))
+    return "".join(each for each, width in zip(printable(text), widths) if width <= columns)
 
 
 def printable(text: str) -> str:
@@ -2028,6 +2105,10 @@ exit status:
     add("--insecure", action="store_true", help="do not check the server's certificate")
     add("--logname", metavar="NAME", default="dicomUpload",
         help="base of the log's and report's names (%(default)s)")
+    add = parser.add_argument_group("what to show").add_argument
+    add("-q", "--quiet", action="store_true", help="only what failed, and the summary")
+    add("-v", "--verbose", action="store_true",
+        help="each command and each answer of the server too, as in the log")
     add = parser.add_argument_group("about").add_argument
     add("-h", "--help", action="help", help="show this and exit")
     add("--version", action="version", version=f"dicomUpload {VERSION}", help="show it and exit")
@@ -2196,12 +2277,13 @@ def check_tools(programs: Programs, teller: Teller) -> None:
 def upload(settings: Settings, teller: Teller) -> int:
     """One run from plan to summary; the exit status."""
     if settings.dry_run:
-        plan = make_plan(settings, teller.log)
+        not_dicom: List[str] = []
+        plan = make_plan(settings, not_dicom.append)
         ledger = Ledger(settings, settings.project, read_only=True)
-        teller.plan(plan, parts_to_send(plan, ledger, settings))
-        teller.dry_run(plan, ledger, settings)
-        trouble = plan.loose or any(series.problem for _, series in plan.pairs())
-        return SOME_FAILED if trouble else ALL_THERE
+        to_send = parts_to_send(plan, ledger, settings)
+        teller.plan(plan, to_send)
+        teller.dry_run(plan, to_send, ledger, settings, not_dicom)
+        return SOME_FAILED if teller.failures else ALL_THERE
     settings = find_password(settings)
     workdir = Workdir(settings.workdir)
     programs = Programs()
