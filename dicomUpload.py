@@ -43,6 +43,7 @@ import fcntl
 import fnmatch
 import getpass
 import hashlib
+import heapq
 import html
 import io
 import itertools
@@ -59,13 +60,14 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence,
                     Set, TextIO, Tuple)
 from urllib.parse import quote, urlencode, urlsplit
@@ -136,6 +138,9 @@ class Settings:
     cacert: str = option("--cacert FILE", "CA to trust (the system's)")
     insecure: bool = switch("--insecure", "do not check the server's certificate")
     logname: str = option("--logname NAME", "base of the log's and report's names", "dicomUpload")
+    quiet: bool = switch("-q --quiet", "only what failed, and the summary")
+    verbose: bool = switch(
+        "-v --verbose", "each command and each answer of the server too, as in the log")
     command: str = ""  # the same call, without the password
 
 
@@ -195,6 +200,16 @@ class Part:
     start: int
     stop: int
 
+    @property
+    def bytes(self) -> int:
+        """Of its files, about: as if all files of a series were of one size."""
+        return self.series.bytes * (self.stop - self.start) // self.series.files
+
+    @property
+    def room(self) -> int:
+        """Bytes that its zip never exceeds, about."""
+        return zip_room(self.bytes, self.stop - self.start)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -203,7 +218,6 @@ class Outcome:
     address: str = ""
     message: str = ""
     zipped: int = 0  # bytes
-    seconds: float = 0.0
     tries: int = 0
     status: int = 0
     moved: bool = False  # the session's earlier parts have left the prearchive meanwhile
@@ -516,9 +530,12 @@ class Programs:
                                 stderr=subprocess.PIPE, cwd=folder, env=self._environment,
                                 start_new_session=True)
 
-    def run(self, command: List[str], given: bytes = b"",
-            folder: str = "/") -> subprocess.CompletedProcess[bytes]:
-        """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble."""
+    def run(self, command: List[str], given: bytes = b"", folder: str = "/",
+            watch: Callable[[bytes], None] = lambda _: None) -> subprocess.CompletedProcess[bytes]:
+        """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble.
+
+        Four times a second `watch` gets what it has said on its error output so far.
+        """
         with self._lock:
             if self.stopping.is_set():
                 raise Stop("stopping")
@@ -530,7 +547,7 @@ class Programs:
             self._running[process.pid] = process
             self._tell_guard()
         try:
-            out, err = process.communicate(given)
+            out, err = self._talk(process, given, watch)
         finally:
             process.kill()
             process.wait()
@@ -540,6 +557,16 @@ class Programs:
         if self.stopping.is_set() and process.returncode < 0:
             raise Stop("stopping")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    @staticmethod
+    def _talk(process: subprocess.Popen[bytes], given: Optional[bytes],
+              watch: Callable[[bytes], None]) -> Tuple[bytes, bytes]:
+        while True:
+            try:
+                return process.communicate(given, timeout=0.25)
+            except subprocess.TimeoutExpired as so_far:
+                given = None  # it has that
+                watch(so_far.stderr or b"")
 
     def _tell_guard(self) -> None:
         with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
@@ -593,7 +620,7 @@ class Workdir:
 
         Waits while other zips are in the way; raises Trouble if it would not fit even alone.
         """
-        need = sum(length + 1024 for _, length, _ in files) + 65536  # never more than this
+        need = zip_room(sum(length for _, length, _ in files), len(files))
         with self._room:
             while shutil.disk_usage(self.zips).free - self._promised < need:
                 if not self._promised:
@@ -612,6 +639,11 @@ class Workdir:
             with self._room:
                 self._promised -= need
                 self._room.notify_all()
+
+
+def zip_room(total: int, files: int) -> int:
+    """Bytes that a zip of so many bytes in so many files never exceeds."""
+    return total + 1024 * files + 65536
 
 
 def pack(series: Series, files: List[File], target: str, level: int, programs: Programs) -> None:
@@ -695,6 +727,9 @@ REMEDIES = (
 )
 
 
+Row = Dict[str, str]
+
+
 class Xnat:
     """A server, one login and one project on it, through curl."""
 
@@ -714,47 +749,76 @@ class Xnat:
     # One request
 
     def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
-            seconds: int = 0) -> Answer:
-        """One request, with `zipped` (a path) as its file; `seconds` bounds the whole of it."""
-        settings, folder = self.settings, "/"
-        url = settings.url + path + ("?" + urlencode(query) if query else "")
-        # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
-        # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
-        # --include: the headers come with the body. Never --fail (it hides the answer), never
-        # --location (a redirect would be followed with the login).
-        command = ["curl", "--disable", "--config", "-", "--globoff", "--silent", "--show-error",
-                   "--include", "--suppress-connect-headers", "--write-out", "\n%{http_code}"]
-        # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
-        command += ["--connect-timeout", "30", "--speed-limit", "1",
-                    "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
-        command += ["--max-time", str(seconds)] if seconds else []
-        command += ["--cacert", settings.cacert] if settings.cacert else []
-        command += ["--insecure"] if settings.insecure else []
+            seconds: int = 0, moved: Callable[[float], None] = lambda _: None) -> Answer:
+        """One request, with `zipped` (a path) as its file; `seconds` bounds the whole of it.
+
+        `moved` is told from time to time how much of the file has gone out, 0 to 1.
+        """
+        url = self.settings.url + path + ("?" + urlencode(query) if query else "")
+        options, folder = ["--silent", "--show-error"], "/"
         if zipped:
             # A plain name in curl's own folder: `;` and `,` in -F names mean something.
             # -F and not -T: XNAT then reads all before it answers, so that the status is always
             # seen and a body cut short imports nothing. Never --data-binary: it fills the memory.
             folder, name = os.path.split(zipped)
-            command += ["--form", f"file=@{name};type=application/zip"]
-            if settings.limit_rate:
-                command += ["--limit-rate", str(max(1, settings.limit_rate // settings.procs))]
+            options = ["--progress-bar", "--form", f"file=@{name};type=application/zip"]
+            if self.settings.limit_rate:
+                rate = max(1, self.settings.limit_rate // self.settings.procs)
+                options += ["--limit-rate", str(rate)]
         elif method == "POST":
-            command += ["--data", "", "--header", "Content-Type:"]
+            options += ["--data", "", "--header", "Content-Type:"]
         elif method != "GET":
-            command += ["--request", method]
+            options += ["--request", method]
+        options += ["--max-time", str(seconds)] if seconds else []
+
+        def watch(said: bytes) -> None:
+            percent = re.findall(rb"(\d+\.\d)%", said[-200:])
+            moved(min(0.99, float(percent[-1]) / 100) if percent else 0.0)
+
+        return self._curl([url], options, folder, watch)[0]
+
+    def ask_once(self, *paths: str) -> List[Any]:
+        """The JSON at each of `paths`, all over one connection; None where it did not come."""
+        urls = [f"{self.settings.url}{path}?format=json" for path in paths]
+        found: List[Any] = []
+        for answer in self._curl(urls, ["--silent", "--show-error", "--max-time", "60"]):
+            try:
+                found.append(json.loads(answer.body) if answer.status == 200 else None)
+            except (ValueError, RecursionError):
+                found.append(None)
+        return found
+
+    def _curl(self, urls: List[str], options: List[str], folder: str = "/",
+              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
+        """An answer from each URL, in their order."""
+        settings, mark = self.settings, os.urandom(8).hex()
+        # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
+        # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
+        # --include: the headers come with the body. Never --fail (it hides the answer), never
+        # --location (a redirect would be followed with the login).
+        command = ["curl", "--disable", "--config", "-", "--globoff", "--include",
+                   "--suppress-connect-headers", "--write-out", f"\n%{{http_code}} {mark}\n"]
+        # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
+        command += ["--connect-timeout", "30", "--speed-limit", "1",
+                    "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
+        command += ["--cacert", settings.cacert] if settings.cacert else []
+        command += ["--insecure"] if settings.insecure else []
+        command += options
         # The URL goes in there too: a curl whose parent dies before it is fed does nothing.
-        secrets = f'url = "{quoted(url)}"\n'
+        secrets = "".join(f'url = "{quoted(url)}"\n' for url in urls)
         secrets += f'user = "{quoted(settings.user)}:{quoted(settings.password)}"\n'
         if self._cookie:  # with both, a server session that expired heals itself (xnat.md 7)
             secrets += f'cookie = "JSESSIONID={self._cookie}"\n'
         number = next(self._numbers)
-        self.teller.log(f"curl {number}: {shlex.join(command[1:] + [url])}")
-        answer = read_answer(self.programs.run(command, os.fsencode(secrets), folder))
-        self._cookie = answer.cookie or self._cookie
-        body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # that is a secret
-        self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP {answer.status} "
-                        f"{body}")
-        return answer
+        self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
+        done = self.programs.run(command, os.fsencode(secrets), folder, watch)
+        answers = read_answers(done, mark, len(urls))
+        for url, answer in zip(urls, answers):
+            self._cookie = answer.cookie or self._cookie
+            body = "" if "JSESSION" in url else " ".join(answer.body.split())[:500]  # a secret
+            self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
+                            f"{answer.status} {body}")
+        return answers
 
     def ask_until(self, about: str, request: Callable[[], Answer],
                   judge: Callable[[Answer], Verdict]) -> Tuple[Answer, Verdict, int]:
@@ -793,34 +857,25 @@ class Xnat:
         answer = self.ask("GET", BUILD_INFO, seconds=30)
         return answer.code == 0 and answer.status not in BUSY_STATUS
 
-    def get(self, path: str, query: Optional[Dict[str, str]] = None, needed: bool = True) -> Any:
-        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers.
-
-        What is not `needed` is asked for once, and None if the server does not tell it.
-        """
+    def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
+        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
         query = dict(query or {}, format="json")
-        if needed:
-            answer, verdict, _ = self.ask_until(
-                path, lambda: self.ask("GET", path, query), self.judge)
-        else:
-            answer, verdict = self.ask("GET", path, query, seconds=60), Verdict()
-        if answer.status == 404 or not needed and answer.status != 200:
+        answer, verdict, _ = self.ask_until(
+            path, lambda: self.ask("GET", path, query), self.judge)
+        if answer.status == 404:
             return None
         try:
             return json.loads(answer.body if answer.status == 200 else "")
         except (ValueError, RecursionError):
             raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}")
 
-    def rows(self, path: str, query: Optional[Dict[str, str]] = None, needed: bool = True
-             ) -> Optional[List[Dict[str, str]]]:
-        """A listing with lower-case column names (xnat.md 8), None as with `get`."""
-        found = self.get(path, query, needed)
-        try:
-            return None if found is None else [
-                {key.lower(): "" if value is None else str(value) for key, value in row.items()}
-                for row in found["ResultSet"]["Result"]]
-        except (KeyError, TypeError, AttributeError):
+    def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
+        """A listing, None if there is none (404). Raises Trouble for other answers."""
+        found = self.get(path, query)
+        rows = table(found)
+        if rows is None and found is not None:
             raise Trouble(f"{path} is no listing: is this XNAT's own address?")
+        return rows
 
     # The server, once
 
@@ -834,23 +889,22 @@ class Xnat:
         if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(self.refusal(answer))
         self._cookie = answer.body.strip()
-        # Without a version the series of a session go one by one.
-        with suppress(ValueError, AttributeError, RecursionError):
-            info = json.loads(self.ask("GET", BUILD_INFO, seconds=30).body)
-            self.version = str(info.get("version", ""))
         try:
             self.project = self._find_project()
-            self.project_path = f"/data/projects/{quote(self.project, safe='')}"
         except Trouble as trouble:
             raise Stop(f"project {self.settings.project}: {trouble}")
-        with suppress(Trouble):  # a subject is found without regard to case (xnat.md 4.4)
-            subjects = self.rows(f"{self.project_path}/subjects", needed=False) or []
-            self.subjects = {row.get("label", "").lower(): row.get("label", "") for row in subjects}
-        with suppress(Trouble):  # None: this server does not tell
-            rows = self.rows(f"{self.project_path}/experiments", needed=False)
-            self.archived = None if rows is None else {row.get("label", "") for row in rows}
-        with suppress(Trouble):
-            self.replaces |= self.get(f"{self.project_path}/prearchive_code", needed=False) == 5
+        self.project_path = f"/data/projects/{quote(self.project, safe='')}"
+        # Not every server tells these to every user, and none of them is needed.
+        info, subjects, archived, code = self.ask_once(BUILD_INFO, *(
+            f"{self.project_path}/{what}" for what in ("subjects", "experiments",
+                                                       "prearchive_code")))
+        # Without a version the series of a session go one by one.
+        self.version = str(info.get("version", "")) if isinstance(info, dict) else ""
+        for row in table(subjects) or []:  # found without regard to case (xnat.md 4.4)
+            self.subjects[row.get("label", "").lower()] = row.get("label", "")
+        rows = table(archived)
+        self.archived = None if rows is None else {row.get("label", "") for row in rows}
+        self.replaces |= code == 5
 
     def _find_project(self) -> str:
         """The project's own ID (an alias may have been given), if this user may add to it."""
@@ -947,31 +1001,38 @@ class Xnat:
 
     # One part
 
-    def send(self, part: Part, workdir: Workdir, address: str) -> Outcome:
+    def send(self, part: Part, workdir: Workdir, address: str,
+             before: Optional[Future[Any]] = None) -> Outcome:
         """Pack one part and POST it until it is sent, refused or out of tries (xnat.md 1, 2).
 
-        `address` is where the session's earlier parts lie.
+        `address` is where the session's earlier parts lie; it is posted only after the part
+        `before` it in its series is sent.
         """
-        session, started = part.session, time.monotonic()
+        session = part.session
         query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
                  "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
                  "overwrite": "append"}
         if not self.settings.no_commit:  # else five idle minutes archive half a session (6.1)
             query["prevent_auto_commit"] = "true"
         files = part.series.listing()[part.start:part.stop]
+        total = sum(length for _, length, _ in files)
         try:
-            with workdir.room_for(files) as zipped:
+            with workdir.room_for(files) as zipped, self.teller.at_work(
+                    f"{session.label} {part.series.name}", len(files), total) as moved:
                 pack(part.series, files, zipped, self.settings.compression, self.programs)
                 zip_size = os.path.getsize(zipped)
+                if before and not getattr(before.result(), "address", ""):
+                    return Outcome(message="an earlier part of it was not sent")
                 answer, verdict, tries = self.ask_until(
                     f"{session.label} {part.series.name}",
-                    lambda: self.ask("POST", "/data/services/import", query, zipped),
+                    lambda: self.ask("POST", "/data/services/import", query, zipped, moved=moved),
                     lambda answer: self.judge_part(answer, part))
-            moved = verdict.address and address and verdict.address != address
-            return Outcome(verdict.address, verdict.message, zip_size, time.monotonic() - started,
-                           tries, answer.status, bool(moved) and not self.settled(address))
+                moved(1.0 if verdict.address else 0.0)
+                away = verdict.address and address and verdict.address != address
+                return Outcome(verdict.address, verdict.message, zip_size, tries, answer.status,
+                               bool(away) and not self.settled(address))
         except (Trouble, OSError) as trouble:
-            return Outcome(message=str(trouble), seconds=time.monotonic() - started)
+            return Outcome(message=str(trouble))
 
     # A whole session
 
@@ -982,10 +1043,8 @@ class Xnat:
             if memory.address and self.settled(memory.address):
                 return Standing("open")
             path = self._archive_path(session)
-            if memory.address:  # gone: by a commit whose answer was lost, by a timer, or by hand
-                standing = self._verify(session, memory, "archived", path)
-                lost = standing.message and standing.files <= memory.before
-                return Standing("lost", files=standing.files) if lost else standing
+            if memory.address:
+                return self._gone(session, memory)
             if to_send:
                 there = self.archived is None or session.label in self.archived
                 return Standing("new", files=self.count(path) or 0 if there else 0)
@@ -1004,6 +1063,10 @@ class Xnat:
 
     def commit(self, session: Session, memory: Memory) -> Standing:
         """Commit a whole session, and verify it by the server's own count (xnat.md 6.2, 8)."""
+        with self.teller.at_work(f"archiving {session.label}"):
+            return self._commit(session, memory)
+
+    def _commit(self, session: Session, memory: Memory) -> Standing:
         address, query = memory.address, {"action": "commit"}
         if self.settings.overwrite_files:
             query["overwrite_files"] = "true"
@@ -1021,12 +1084,10 @@ class Xnat:
                 # Refused, or the answer was lost on the way while XNAT went on: look.
                 status = self.settled(address)
                 if not status:
-                    path = self._archive_path(session)
-                    standing = self._verify(session, memory, "archived", path)
-                    if standing.message and standing.files <= memory.before:
-                        standing = Standing(message="it is gone from the prearchive, and XNAT's "
-                                            "archive does not have it: run again to send it again")
-                    return standing
+                    standing = self._gone(session, memory)
+                    return standing if standing.where != "lost" else Standing(
+                        message="it is gone from the prearchive, and XNAT's archive does not have "
+                        "it: run again to send it again")
                 lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
                 again = lost and status in ("RECEIVING", "READY")
                 if not again or tries > self.settings.retries:
@@ -1038,6 +1099,13 @@ class Xnat:
             return Standing(message=f"XNAT did not archive it ({said(answer)}): {remedy(answer)}")
         except (Trouble, OSError) as trouble:
             return Standing(message=str(trouble))
+
+    def _gone(self, session: Session, memory: Memory) -> Standing:
+        """What a session has come to that left the prearchive: by a commit whose answer was lost,
+        by a timer, or by hand."""
+        standing = self._verify(session, memory, "archived", self._archive_path(session))
+        lost = standing.message and standing.files <= memory.before
+        return Standing("lost", files=standing.files) if lost else standing
 
     def _archive_path(self, session: Session) -> str:
         subject = self.subjects.get(session.subject_label.lower(), session.subject_label)
@@ -1061,14 +1129,15 @@ class Xnat:
         scans = self.rows(path + "/scans")
         if scans is None:
             return None
+        folders = [f"{path}/scans/{quote(scan.get('id', ''), safe='')}/resources" for scan in scans]
         total = 0
-        for scan in scans:
-            folder = f"{path}/scans/{quote(scan.get('id', ''), safe='')}/resources"
-            for resource in self.rows(folder) or []:
-                if resource.get("label") in ("DICOM", "secondary"):
-                    count = resource.get("file_count", "")
+        for folder, found in zip(folders, self.ask_once(*folders) if folders else []):
+            rows = table(found)
+            for row in (self.rows(folder) or []) if rows is None else rows:
+                if row.get("label") in ("DICOM", "secondary"):
+                    count = row.get("file_count", "")
                     if not count.isdigit():  # an old catalog without statistics
-                        count = str(len(self.rows(f"{folder}/{resource['label']}/files") or []))
+                        count = str(len(self.rows(f"{folder}/{row['label']}/files") or []))
                     total += int(count)
         return total
 
@@ -1103,9 +1172,20 @@ def quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def read_answer(done: subprocess.CompletedProcess[bytes]) -> Answer:
-    """Take curl's output apart: the headers of each hop, the body, the status at the very end."""
-    out, _, tail = done.stdout.rpartition(b"\n")
+def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, count: int) -> List[Answer]:
+    """Take curl's output apart: each answer ends with its HTTP status and `mark`."""
+    pieces = re.split(rb"\n(\d{3}) " + mark.encode() + rb"\n", done.stdout)
+    pieces = pieces[:-1] or [done.stdout, b"000"]  # curl was killed: no mark, no status
+    pairs = list(zip(pieces[::2], pieces[1::2]))[:count]
+    pairs += [(b"", b"000")] * (count - len(pairs))
+    # The exit status is that of the last one; of the others the HTTP status tells.
+    return [read_answer(out, int(status), done if at == count else None)
+            for at, (out, status) in enumerate(pairs, 1)]
+
+
+def read_answer(out: bytes, status: int,
+                done: Optional[subprocess.CompletedProcess[bytes]]) -> Answer:
+    """One answer: the headers of each hop, then the body."""
     found = re.match(rb"(?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+", out)
     head = found[0].decode("latin-1") if found else ""
 
@@ -1113,17 +1193,26 @@ def read_answer(done: subprocess.CompletedProcess[bytes]) -> Answer:
         match = re.search(rf"(?im)^{pattern}", head)
         return match[1].strip() if match else ""
 
-    # After a failed transfer curl may still say 100 or 200.
-    status = int(tail) if done.returncode == 0 and tail.isdigit() else 0
+    code, told = (done.returncode, done.stderr.decode("utf-8", "replace")) if done else (0, "")
+    error = re.search(r"curl: \(\d+\) (.*)", told, re.DOTALL)  # after the bars of its progress
     wait = header(r"retry-after: *(\d{1,6})\s*$")
-    error = re.sub(r"^curl: \(\d+\) ", "", " ".join(done.stderr.decode("utf-8", "replace").split()))
     return Answer(
-        done.returncode, status, out[len(head):].decode("utf-8", "replace"),
-        error[:200],
+        code, 0 if code else status,  # after a failed transfer curl may still say 100 or 200
+        out[len(head):].decode("utf-8", "replace"),
+        " ".join(error[1].split())[:200] if error else "",
         header(r"location:(.*)$"),
         min(600.0, float(wait or 0)),  # no server is waited for longer than ten minutes
         # A new server session where the old one had expired; not the guest's of a refusal.
         header(r"set-cookie: *JSESSIONID=([0-9A-Za-z._-]+)") if status == 200 else "")
+
+
+def table(found: Any) -> Optional[List[Row]]:
+    """The rows of a listing with lower-case column names (xnat.md 8), None if it is none."""
+    try:
+        return [{key.lower(): "" if value is None else str(value) for key, value in row.items()}
+                for row in found["ResultSet"]["Result"]]
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def curl_trouble(answer: Answer) -> str:
@@ -1299,9 +1388,11 @@ class Tally:
     parts: Deque[Part] = field(default_factory=deque)
     status: str = ""  # '' while on its way; sent, not sent, already there, left out, no DICOM
     message: str = ""
-    busy: bool = False
+    jobs: int = 0  # parts that are packed or posted now
+    last: Optional[Future[Any]] = None  # of these jobs
     files: int = 0
     zipped: int = 0  # bytes
+    started: float = 0.0
     seconds: float = 0.0
     tries: int = 0
     status_code: int = 0
@@ -1353,10 +1444,27 @@ class Journey:
         if not self.looked:
             return "look", None
         for tally in self.tallies:
-            if tally.parts and not tally.busy:
+            if tally.parts and not tally.jobs:
                 return "send", tally
         whole = self.memory.address and not self.jobs and not self.failed()
         return ("commit" if whole and not self.settings.no_commit else ""), None
+
+    def next_ahead(self) -> Optional[Tally]:
+        """A series whose next part may be packed while the ones before it are posted.
+
+        Only once no other series waits for a worker; two zips ahead keep the line busy.
+        """
+        if any(tally.parts and not tally.jobs for tally in self.tallies):
+            return None
+        return next((tally for tally in self.tallies if tally.parts and tally.jobs < 3), None)
+
+    def next_part(self, tally: Tally, quick: bool) -> Part:
+        """The next part of a series; of one file, if `quick`: its answer lets the others go."""
+        part = tally.parts.popleft()
+        if quick and not self.memory.address and part.stop - part.start > 1:
+            tally.parts.appendleft(replace(part, start=part.start + 1))
+            part = replace(part, stop=part.start + 1)
+        return part
 
     def failed(self) -> bool:
         return bool(self.message) or any(tally.status == "not sent" for tally in self.tallies)
@@ -1392,7 +1500,9 @@ class Run:
         """Run until every session is over. Raises Stop; no job is left, whatever happens."""
         try:
             while self._start_jobs():
-                self._take(*self.done.get())
+                with suppress(Empty):
+                    self._take(*self.done.get(timeout=0.25))
+                self.teller.progress()
         except BaseException:
             self.xnat.programs.stop()
             raise
@@ -1406,10 +1516,12 @@ class Run:
     def _start_jobs(self) -> bool:
         """Give every free worker what may go next; False when nothing is left."""
         while self.jobs < self.settings.procs:
-            if not any(self._start_one(journey) for journey in self.active):
-                if not self.waiting:
-                    break
+            if any(self._start_one(journey) for journey in self.active):
+                continue
+            if self.waiting:
                 self._open(self.waiting.popleft())
+            elif not any(self._start_ahead(journey) for journey in self.active):
+                break
         return self.jobs > 0
 
     def _open(self, session: Session) -> None:
@@ -1432,23 +1544,42 @@ class Run:
         elif kind == "commit":
             self._submit(journey, lambda: self.xnat.commit(session, memory), self._settle)
         elif tally:
-            part = tally.parts.popleft()
-            tally.busy = True
-            self._submit(journey, lambda: self.xnat.send(part, self.workdir, memory.address),
-                         lambda journey, outcome: self._sent(journey, tally, part, outcome))
+            self._start_part(journey, tally)
         return bool(kind)
 
+    def _start_ahead(self, journey: Journey) -> bool:
+        """Start packing what this session may post later, if anything."""
+        tally = journey.next_ahead()
+        if tally:
+            self._start_part(journey, tally)
+        return bool(tally)
+
+    def _start_part(self, journey: Journey, tally: Tally) -> None:
+        # While a long session is the only one, nobody works until its first answer has come.
+        waiting = sum(1 for each in journey.tallies if each.parts)
+        alone = not self.waiting and len(self.active) == 1 and waiting > self.settings.procs > 1
+        quick = alone and not journey.jobs and self.xnat.takes_side_by_side()
+        part = journey.next_part(tally, quick)
+        address, before = journey.memory.address, tally.last if tally.jobs else None
+        tally.jobs += 1
+        tally.started = tally.started or time.monotonic()
+        tally.last = self._submit(
+            journey, lambda: self.xnat.send(part, self.workdir, address, before),
+            lambda journey, outcome: self._sent(journey, tally, part, outcome))
+
     def _submit(self, journey: Journey, work: Callable[[], Any],
-                then: Callable[[Journey, Any], None]) -> None:
-        def job() -> None:
+                then: Callable[[Journey, Any], None]) -> Future[Any]:
+        def job() -> Any:
             try:
-                self.done.put((journey, then, work()))
+                result = work()
             except BaseException as error:  # the main thread decides
-                self.done.put((journey, then, error))
+                result = error
+            self.done.put((journey, then, result))
+            return result
 
         self.jobs += 1
         journey.jobs += 1
-        self.pool.submit(job)
+        return self.pool.submit(job)
 
     def _take(self, journey: Journey, then: Callable[[Journey, Any], None], result: Any) -> None:
         """Take in the end of a job."""
@@ -1487,10 +1618,10 @@ class Run:
                                 "the session unless --overwrite-files)")
 
     def _sent(self, journey: Journey, tally: Tally, part: Part, outcome: Outcome) -> None:
-        tally.busy = False
-        tally.seconds += outcome.seconds
+        tally.jobs -= 1
         tally.tries += outcome.tries
         tally.status_code = outcome.status
+        tally.seconds = time.monotonic() - tally.started
         session, here = journey.session, journey.memory.address or outcome.address
         if outcome.moved and outcome.address != here:
             self.teller.say(f"{session.label}: XNAT archived what was sent before by itself")
@@ -1503,15 +1634,13 @@ class Run:
             self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
                             files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
             tally.files += part.stop - part.start
-            listing = part.series.listing()[part.start:part.stop]
-            self.teller.progress(len(listing), sum(length for _, length, _ in listing))
             tally.zipped += outcome.zipped
             tally.address = here
-            tally.status = "" if tally.parts else "sent"
         else:
             tally.parts.clear()
-            tally.status, tally.message = "not sent", outcome.message
-        if tally.status:
+            tally.message = tally.message or outcome.message
+        if not tally.parts and not tally.jobs:
+            tally.status = "not sent" if tally.message else "sent"
             self.teller.series(journey.session, tally)
 
     def _close_if_over(self, journey: Journey) -> None:
@@ -1555,15 +1684,19 @@ ENDS = {
 class Teller:
     """The one place that prints: results to stdout, the rest to stderr, all of it to the log."""
 
+    HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
+
     def __init__(self) -> None:
         self.failures: List[str] = []
         self.report_path = ""
+        self._quiet = self._verbose = False
         self._sessions: Counter[str] = Counter()
         self._series: Counter[str] = Counter()
         self._files = self._bytes = self._zipped = 0
+        self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
         self._goal = (0, 0)  # series and bytes to send
         self._widths = (0, 0)  # of labels and of series names
-        self._started = time.monotonic()
+        self._began = self._heard = self._drawn = time.monotonic()
         self._lock = threading.RLock()
         self._handles: Dict[str, int] = {}  # of log and report, once they are open
         self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -1581,12 +1714,29 @@ class Teller:
         self.report_path = base + ".csv"
         for kind, path in (("log", base + ".log"), ("report", self.report_path)):
             self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._quiet, self._verbose = settings.quiet, settings.verbose
         self._write("report", csv_line(REPORT))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
+    # One line
+
     def log(self, text: str) -> None:
-        """A line for the log only."""
+        """A line for the log only; with --verbose on stderr too."""
         self._write("log", f"{now()} {printable(text)}\n")
+        if self._verbose:
+            self._show(sys.stderr, f"  {text}")
+
+    def line(self, text: str = "", important: bool = True) -> None:
+        """A result: a line on stdout and in the log. --quiet shows only what is `important`."""
+        self._write("log", f"{now()} {printable(text)}\n")
+        if important or not self._quiet:
+            self._show(sys.stdout, text)
+
+    def say(self, text: str, drawing: str = "") -> None:
+        """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
+        self._write("log", f"{now()} {printable(text)}\n")
+        for line in (f"dicomUpload: {text}", *drawing.splitlines()):
+            self._show(sys.stderr, line)
 
     def _write(self, kind: str, text: str) -> None:
         with self._lock:
@@ -1598,20 +1748,64 @@ class Teller:
                     raise Stop(f"{kind} beside {self.report_path}: cannot be written "
                                f"({error.strerror}): make room, then run again")
 
-    def line(self, text: str = "") -> None:
-        """A result: a line on stdout and in the log."""
+    def _show(self, stream: TextIO, text: str) -> None:
+        """Print a line. A reader that has gone away (`| head`) does not stop the upload."""
         with self._lock:
-            self.log(text)
             self._erase()
-            show(sys.stdout, text)
+            self._heard = time.monotonic()
+            coding = stream.encoding or "ascii"
+            try:
+                stream.write(printable(text).encode(coding, "backslashreplace").decode(coding))
+                stream.write("\n")
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-    def say(self, text: str, drawing: str = "") -> None:
-        """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
+    # While it goes on
+
+    @contextmanager
+    def at_work(self, name: str, files: int = 0, total: int = 0
+                ) -> Iterator[Callable[[float], None]]:
+        """While something goes on: a way to tell which share of its `total` bytes has gone out."""
+        mine = object()
+
+        def moved(share: float) -> None:
+            with self._lock:
+                self._at_work[mine] = (name, share * total)
+
+        moved(0.0)
+        try:
+            yield moved
+        finally:
+            with self._lock:
+                if self._at_work.pop(mine)[1] == total:
+                    self._files += files
+                    self._bytes += total
+
+    def progress(self) -> None:
+        """On a terminal the one moving line; elsewhere a line now and then."""
         with self._lock:
-            self.log(text)
-            self._erase()
-            for line in (f"dicomUpload: {text}", *drawing.splitlines()):
-                show(sys.stderr, line)
+            moment = time.monotonic()
+            if self._moves and not self._quiet and moment > self._drawn + 0.1:
+                self._drawn = moment
+                with suppress(OSError):
+                    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                    self._erase()
+                    sys.stderr.write(fitting(self._standing(), columns - 1))
+                    sys.stderr.flush()
+                    self._shown = True
+            elif not (self._moves or self._quiet) and moment > self._heard + self.HEARTBEAT:
+                self.say(f"still at work: {self._standing()}")
+
+    def _standing(self) -> str:
+        """How far it is, how fast, how long it will take, and what is going on."""
+        series, total = self._goal
+        sent = self._bytes + sum(each for _, each in self._at_work.values())
+        rate = sent / max(1.0, time.monotonic() - self._began)
+        left = f"  {duration((total - sent) / rate)} left" if 0 < sent < total else ""
+        names = [name for name, _ in self._at_work.values()][:1]
+        return (f"[{self._series['sent']} of {series} series  {size(sent)} of {size(total)}  "
+                f"{size(rate)}/s{left}]  {''.join(names)}")
 
     def _erase(self) -> None:
         if self._shown:
@@ -1619,42 +1813,29 @@ class Teller:
             sys.stderr.flush()
             self._shown = False
 
-    def progress(self, files: int = 0, sent: int = 0) -> None:
-        """The one moving line, on a terminal only, after `files` of `sent` bytes have arrived."""
-        with self._lock:
-            self._files += files
-            self._bytes += sent
-            if not self._moves:
-                return
-            series, total = self._goal
-            rate = self._bytes / max(1.0, time.monotonic() - self._started)
-            left = (total - self._bytes) / rate if rate else 0
-            text = (f"[{self._series['sent']} of {series} series  {left:.0f} s left  "
-                    f"{size(self._bytes)} of {size(total)}  {size(rate)}/s]")
-            self._erase()
-            sys.stderr.write(text[:shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
-            self._shown = True
+    # Before
 
     def plan(self, plan: Plan, to_send: List[Part]) -> None:
         """What is about to happen, in a few lines."""
         pairs = list(plan.pairs())
-        series = {id(part.series): part.series for part in to_send}.values()
-        self._goal = (len(series), sum(each.bytes for each in series))
+        series = {id(part.series) for part in to_send}
+        files = sum(part.stop - part.start for part in to_send)
+        self._goal = (len(series), sum(part.bytes for part in to_send))
         self._widths = (max((len(session.label) for session in plan.sessions), default=0),
                         min(40, max((len(printable(each.name)) for _, each in pairs), default=0)))
+        self._began = time.monotonic()
         subjects = len({session.subject_label for session in plan.sessions})
-        files = sum(part.stop - part.start for part in to_send)
         left_out = sum(1 for _, each in pairs if each.left_out)
         self.line(f"{plural(subjects, 'subject')}, {plural(len(plan.sessions), 'session')}: "
-                  f"{len(series)} series to send ({plural(files, 'file')}, {size(self._goal[1])}), "
-                  f"{left_out} left out")
+                  f"{len(series):,} series to send ({plural(files, 'file')}, "
+                  f"{size(self._goal[1])}), {left_out:,} left out", important=False)
         if plan.not_chosen:
-            self.line(f"{plural(plan.not_chosen, 'session')} left out by --only")
-        named = " (named in the log)" if self._handles else ""
-        junk = sum(each.not_dicom for _, each in pairs)
+            self.line(f"{plural(plan.not_chosen, 'session')} left out by --only", important=False)
+        junk, named = sum(each.not_dicom for _, each in pairs), ""
+        if self._handles:
+            named = " (named in the log)"
         if junk:
-            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent")
+            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent", important=False)
         if plan.strays:
             self.say(f"{plan.strays[0]}: {plural(len(plan.strays), 'file')} where folders "
                      f"belong{named}: not sent")
@@ -1667,49 +1848,66 @@ class Teller:
         for session in plan.sessions:
             if session.label != session.path.replace("/", "_"):
                 self.line(f"{session.path} becomes session {session.label} of subject "
-                          f"{session.subject_label}")
-        self.line()
+                          f"{session.subject_label}", important=False)
+        self.line(important=False)
 
-    def dry_run(self, plan: Plan, ledger: Ledger, settings: Settings) -> None:
+    def dry_run(self, plan: Plan, to_send: List[Part], ledger: Ledger, settings: Settings,
+                not_dicom: List[str]) -> None:
         """Every series with what would become of it, and whether there is room."""
         for session in plan.sessions:
+            self.line(f"{session.path} goes to subject {session.subject_label}, session "
+                      f"{session.label}{'' if session.series else ': nothing to send'}")
             for tally in Journey(session, ledger.of(session), settings).tallies:
-                series = tally.series
-                detail = f"{plural(series.files, 'file')}  {size(series.bytes)}"
-                if series.not_dicom and series.files:
-                    detail += f"  ({series.not_dicom} not DICOM)"
-                self._series_line(session, series, tally.status or "would send",
-                                  tally.message or detail)
-            if not session.series:
-                self.line(f"{session.label}  nothing to send")
+                detail = tally.message
+                if not tally.status:
+                    files = sum(part.stop - part.start for part in tally.parts)
+                    total = sum(part.bytes for part in tally.parts)
+                    detail = f"{plural(files, 'file'):>11}  {size(total):>8}"
+                elif tally.status == "not sent":
+                    self.failures.append(f"{session.label} {tally.series.name}: {tally.message}")
+                self._series_line(session.label, tally.series, tally.status or "would send", detail)
+        self.line()
+        for each in not_dicom[:20]:
+            self.line(each)
+        if not_dicom[20:]:
+            self.line(f"not DICOM: {plural(len(not_dicom) - 20, 'file')} more")
         folder = os.path.abspath(settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
-        self.line()
-        self.line(f"Free for zips in {settings.workdir}: {size(shutil.disk_usage(folder).free)}")
+        free = shutil.disk_usage(folder).free
+        need = [part.room for part in heapq.nlargest(settings.procs, to_send, lambda p: p.room)]
+        self.line(f"Room for zips in {settings.workdir}: {size(free)} free, up to "
+                  f"{size(sum(need))} needed at once")
+        if need and need[0] > free:
+            self.failures.append(f"workdir {settings.workdir}: too full for the largest zip "
+                                 f"({size(need[0])}): make room, choose another --workdir, or "
+                                 "lower --max-files")
         for failure in self.failures:
             self.line(f"Not there: {failure}")
         self.line(f"Nothing was sent and nobody contacted. To send: {settings.command}")
 
-    def _series_line(self, session: Session, series: Series, status: str, detail: str) -> None:
-        label, name = self._widths
-        self.line(f"{session.label:<{label}}  {printable(series.name):<{name}}  {status:<13} "
-                  f"{detail}".rstrip())
+    # After
+
+    def _series_line(self, label: str, series: Series, status: str, detail: str,
+                     important: bool = True) -> None:
+        widths = self._widths
+        if series.not_dicom and series.files:
+            detail += f"  ({series.not_dicom} not DICOM)"
+        self.line(f"{label:<{widths[0]}}  {printable(series.name):<{widths[1]}}  {status:<13} "
+                  f"{detail}".rstrip(), important)
 
     def series(self, session: Session, tally: Tally) -> None:
-        """One line, and one row in the report, for a series that is settled."""
-        series, detail = tally.series, tally.message
+        """One line for a series that is settled."""
+        detail = tally.message
         self._series[tally.status] += 1
         if tally.status == "sent":
             detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.zipped):>8}  "
                       f"{tally.seconds:.1f} s")
             self._zipped += tally.zipped
         elif tally.status == "not sent":
-            self.failures.append(f"{session.label} {series.name}: {tally.message}")
-        if series.not_dicom and series.files:
-            detail += f"  ({series.not_dicom} not DICOM)"
-        self._series_line(session, series, tally.status, detail)
-        self.progress()
+            self.failures.append(f"{session.label} {tally.series.name}: {tally.message}")
+        self._series_line(session.label, tally.series, tally.status, detail,
+                          important=tally.status == "not sent")
 
     def report(self, session: Session, tally: Tally) -> None:
         """One row in the report."""
@@ -1731,12 +1929,11 @@ class Teller:
         elif where in ("archived", "prearchived"):
             files = plural(journey.verified, "file")
             text += f", {files} verified" if journey.verified else ", by an earlier run"
-        self.line(f"{label}  {text}")
-        self.progress()
+        self.line(f"{label}  {text}", important=journey.failed())
 
     def summary(self, run: Run) -> None:
         """The end: how much is there, each failure again, and what to do."""
-        ends, seconds = self._sessions, time.monotonic() - self._started
+        ends, seconds = self._sessions, time.monotonic() - self._began
         unfinished = len(run.active) + len(run.waiting)
         total = sum(ends.values()) + unfinished
         there = ends["archived"] + ends["prearchived"]
@@ -1747,11 +1944,15 @@ class Teller:
         words += [f"{ends[end]} {end}" for end in ("sent", "not archived", "held back", "failed",
                                                    "nothing to send") if ends[end]]
         words += [f"{unfinished} not finished"] if unfinished else []
-        self.line()
+        self.line(important=False)
         self.line("; ".join(words) + ".")
+        counts = (f"{self._series[status]:,} {word}" for status, word in (
+            ("sent", "sent"), ("already there", "already there"), ("left out", "left out"),
+            ("no DICOM", "without DICOM"), ("not sent", "failed")) if self._series[status])
+        self.line(f"Series: {', '.join(counts) or 'none finished'}.")
         if self._files:
-            self.line(f"{self._series['sent']} series, {plural(self._files, 'file')}, "
-                      f"{size(self._bytes)} ({size(self._zipped)} zipped) in {seconds:.0f} s "
+            self.line(f"{plural(self._files, 'file')}, {size(self._bytes)} "
+                      f"({size(self._zipped)} zipped) in {duration(seconds)} "
                       f"({size(self._bytes / max(seconds, 0.1))}/s).")
         halves = [journey.session.label for journey in run.active if journey.memory.address]
         if halves:
@@ -1771,14 +1972,12 @@ def csv_line(row: Sequence[object]) -> str:
     return text.getvalue()
 
 
-def show(stream: TextIO, text: str) -> None:
-    """Print a line. A reader that has gone away (`| head`) does not stop the upload."""
-    try:
-        coding = stream.encoding or "ascii"
-        stream.write(printable(text).encode(coding, "backslashreplace").decode(coding) + "\n")
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def fitting(text: str, columns: int) -> str:
+    """As much of `text` as fits: letters of some scripts are two columns wide, accents none."""
+    widths = itertools.accumulate(
+        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
+        for each in printable(text))
+    return "".join(each for each, width in zip(printable(text), widths) if width <= columns)
 
 
 def printable(text: str) -> str:
@@ -1807,6 +2006,14 @@ def size(count: float) -> str:
     return f"{count:,.1f} GB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, for people."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else (
+        f"{seconds} s")
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
@@ -1815,7 +2022,7 @@ def plural(count: int, noun: str) -> str:
 
 
 GROUPS = {"url": "what goes where", "config": "what to send", "no_commit": "on the server",
-          "workdir": "how to send"}  # titles in --help, by their first option
+          "workdir": "how to send", "quiet": "what to show"}  # titles in --help
 
 
 class Parser(argparse.ArgumentParser):
@@ -2000,12 +2207,13 @@ def check_tools(programs: Programs, teller: Teller) -> None:
 def upload(settings: Settings, teller: Teller) -> int:
     """One run from plan to summary; the exit status."""
     if settings.dry_run:
-        plan = make_plan(settings, teller.log)
+        not_dicom: List[str] = []
+        plan = make_plan(settings, not_dicom.append)
         ledger = Ledger(settings, settings.project, read_only=True)
-        teller.plan(plan, parts_to_send(plan, ledger, settings))
-        teller.dry_run(plan, ledger, settings)
-        trouble = plan.loose or any(series.problem for _, series in plan.pairs())
-        return SOME_FAILED if trouble else ALL_THERE
+        to_send = parts_to_send(plan, ledger, settings)
+        teller.plan(plan, to_send)
+        teller.dry_run(plan, to_send, ledger, settings, not_dicom)
+        return SOME_FAILED if teller.failures else ALL_THERE
     settings = find_password(settings)
     workdir = Workdir(settings.workdir)
     programs = Programs()

@@ -104,7 +104,13 @@ class Words(unittest.TestCase):
 
 def answer(out: bytes, code: int = 0, err: bytes = b"") -> Any:
     """curl's output, as the program reads it."""
-    return dicomUpload.read_answer(subprocess.CompletedProcess(["curl"], code, out, err))
+    return answers(out + b" mark\n" if out else b"", 1, code, err)[0]
+
+
+def answers(out: bytes, count: int, code: int = 0, err: bytes = b"") -> Any:
+    """curl's output for so many URLs."""
+    done = subprocess.CompletedProcess(["curl"], code, out, err)
+    return dicomUpload.read_answers(done, "mark", count)
 
 
 class Answers(unittest.TestCase):
@@ -131,6 +137,23 @@ class Answers(unittest.TestCase):
         self.assertEqual((found.code, found.status), (18, 0))
         self.assertIn("closed with 9 bytes", dicomUpload.said(found))
         self.assertNotIn("curl: (18)", dicomUpload.said(found))
+
+    def test_each_of_several_answers_keeps_its_own_status_and_body(self) -> None:
+        head = b"HTTP/1.1 200 OK\r\n\r\n"
+        whole = head + b"one\n200 mark\n" + b"\n000 mark\n" + head + b"three\n200 mark\n"
+        for title, out, code, wanted in (
+                ("all", whole, 0, [(200, "one", 0), (0, "", 0), (200, "three", 0)]),
+                ("the last is cut short", whole, 18, [(200, "one", 0), (0, "", 0),
+                                                      (0, "three", 18)]),
+                ("curl was killed", head + b"one\n200 mark\n" + head + b"tw", -9,
+                 [(200, "one", 0), (0, "", 0), (0, "", -9)])):
+            with self.subTest(title):
+                found = answers(out, 3, code)
+                self.assertEqual([(each.status, each.body, each.code) for each in found], wanted)
+
+    def test_curls_own_words_are_found_behind_its_progress(self) -> None:
+        bars = b"\r##   4.0%\r#####  41.5%\ncurl: (56) Recv failure:\nConnection reset\n"
+        self.assertEqual(answer(b"\n000", 56, bars).error, "Recv failure: Connection reset")
 
     def test_retry_after_is_seconds_and_has_an_end(self) -> None:
         for value, wanted in ((b"7", 7), (b" 120 ", 120), (b"999999", 600), (b"-1", 0),

@@ -3,6 +3,7 @@ uploads have to meet, the stand-in holds the first ones until the others are the
 
 import os
 import threading
+import time
 from typing import Any, Callable, Dict, List, Tuple
 
 from tests.dicom import uid, write_series
@@ -246,6 +247,45 @@ class SpeedRules(UploadTest):
                 watcher.join()
             self.assertEqual(max(seen), procs)
             self.assert_arrived(server, 32)
+
+    def test_a_long_series_is_packed_ahead_while_its_parts_are_posted_in_order(self) -> None:
+        self.grow(files=9)
+        with self.xnat() as server:
+            ahead = self.hold_for_zips(server, 3)  # the one in the server, and two that wait
+            self.send(server, "--procs", "4", "--max-files", "1")
+            self.assertTrue(ahead.is_set(), "nothing was packed meanwhile")
+            self.assert_parts_in_order(server)
+            self.assert_arrived(server, 9)
+
+    def hold_for_zips(self, server: Standin, count: int) -> threading.Event:
+        """No file is taken in until so many zips lie in the workdir at once."""
+        seen, patience = threading.Event(), time.monotonic() + TIMEOUT
+
+        def wait(_: str) -> bool:
+            while not seen.is_set() and time.monotonic() < patience:
+                if self.zips_now() >= count:
+                    seen.set()
+                seen.wait(0.005)
+            return False
+
+        server.knobs.reject = wait
+        return seen
+
+    def test_one_file_opens_a_long_session_that_has_no_company(self) -> None:
+        self.grow(series=6, files=5)
+        with self.xnat() as server:
+            self.send(server, "--procs", "4")
+            self.assertEqual([len(each.entries) for each in server.imports()][0], 1)
+            self.assertEqual(len(server.imports()), 7)
+            self.assert_arrived(server, 30)
+
+    def test_sessions_that_have_company_are_not_cut_for_it(self) -> None:
+        self.grow(sessions=4, series=6, files=2)
+        with self.xnat() as server:
+            hold_until(server, lambda: in_flight(server) == 4)
+            self.send(server, "--procs", "4")
+            self.assertEqual(len(server.imports()), 24)
+            self.assert_arrived(server, 48)
 
     def test_a_zip_is_gone_once_its_part_is_answered(self) -> None:
         self.grow(series=2, files=3)
