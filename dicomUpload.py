@@ -65,7 +65,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from queue import Empty, SimpleQueue
 from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence,
@@ -274,6 +274,7 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
     strays: List[str] = []
     above: List[str] = [] if settings.only else strays  # each slice tells only of its own
     owners: Dict[Tuple[str, str], str] = {}
+    globs = [each if "/" in each else each + "/*" for each in settings.only or ["*"]]
     not_chosen = 0
     for subject in subfolders(settings.rootdir, above):
         # XNAT finds subjects without regard to case (xnat.md 4.4, retrieveMatchingSubject).
@@ -285,7 +286,7 @@ def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
             names = [""]  # a session without a name stands for it, and fails
         for name in names:
             claim(owners, "session", clean_label(f"{subject}_{name}"), os.path.join(folder, name))
-            if chosen(f"{subject}/{name}", settings.only):
+            if any(fnmatch.fnmatchcase(f"{subject}/{name}", each) for each in globs):
                 sessions.append(read_session(subject, name, settings, strays, note))
             else:
                 not_chosen += 1
@@ -306,7 +307,7 @@ def subfolders(folder: str, strays: List[str]) -> List[str]:
         if entry.is_symlink() and not os.path.exists(entry.path):
             good = True  # it counts: a share that is not mounted must not go unnoticed
         else:
-            good = entry.is_dir() and not (entry.is_symlink() and lies_in(folder, entry.path))
+            good = entry.is_dir() and not leads_back(entry)
         if not good:
             strays.append(entry.path)
         elif not entry.name.startswith("."):
@@ -314,8 +315,13 @@ def subfolders(folder: str, strays: List[str]) -> List[str]:
     return sorted(names)
 
 
+def leads_back(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder is a link to a folder above itself, which would never end."""
+    return entry.is_symlink() and lies_in(os.path.dirname(entry.path), entry.path)
+
+
 def lies_in(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or lies in it. A link to a folder it lies in would never end."""
+    """Whether `path` is `folder`, or lies in it."""
     above = os.path.realpath(folder)
     return os.path.commonpath([above, os.path.realpath(path)]) == above
 
@@ -331,12 +337,6 @@ def claim(owners: Dict[Tuple[str, str], str], kind: str, label: str, folder: str
     if other != folder:
         refuse(f"{kind} label {label}", f"two folders would become one ({other} and {folder}; XNAT "
                "keeps only letters, digits, _ and -): rename one of them")
-
-
-def chosen(path: str, only: List[str]) -> bool:
-    """Whether --only, globs on subject or subject/session, chooses the session at `path`."""
-    globs = [each if "/" in each else each + "/*" for each in only]
-    return not only or any(fnmatch.fnmatchcase(path, each) for each in globs)
 
 
 def read_session(subject: str, name: str, settings: Settings, strays: List[str],
@@ -376,9 +376,9 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
     files: List[File] = []
     junk: List[str] = []
     problems: List[str] = []
-    seen = {identity(folder)}  # folders that link to each other have paths without end
     entries = list(os.scandir(folder))
     links: List[os.DirEntry[str]] = []  # to folders: followed when all real folders are read
+    read = [folder]  # folders that link to each other have paths without end
     while entries or links:
         linked = not entries
         entry = links.pop(0) if linked else entries.pop()
@@ -386,23 +386,18 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
         try:
             if not entry.is_dir():
                 look_at_file(entry, name, files, junk, problems)
-            elif entry.is_symlink() and not linked:
+            elif not entry.is_symlink():
+                entries += os.scandir(entry.path)
+            elif not linked:
                 links.append(entry)
-            elif linked and (identity(entry.path) in seen
-                             or lies_in(os.path.dirname(entry.path), entry.path)):
+            elif leads_back(entry) or any(lies_in(entry.path, each) for each in read):
                 junk.append(f"{name} (a link to a folder above it, or one that is read already)")
             else:
-                seen.add(identity(entry.path))
+                read.append(entry.path)
                 entries += os.scandir(entry.path)
         except OSError as error:
             problems.append(f"{name} {unreadable(error)}")
     return sorted(files), sorted(junk), sorted(problems)
-
-
-def identity(path: str) -> Tuple[int, int]:
-    """The same number for all paths to a folder; but some file systems number all of them 0."""
-    info = os.stat(path)
-    return info.st_dev, info.st_ino
 
 
 def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: List[str],
@@ -581,7 +576,8 @@ class Programs:
                 process.kill()
 
     def close(self) -> None:
-        """After the last program: let the guard go."""
+        """End everything, and let the guard go."""
+        self.stop()
         self._guard.kill()
         self._guard.communicate()
 
@@ -601,12 +597,10 @@ class Workdir:
             self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Stop(f"workdir {path}: in use by another run: wait for it, or give this one its "
-                       "own --workdir")
+            raise Stop(f"workdir {path}: in use by another run: wait, or choose another --workdir")
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a share without locks will do
-                raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another "
-                           "--workdir")
+                raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another")
         shutil.rmtree(self.zips, ignore_errors=True)  # left by an earlier run that was killed
         os.makedirs(self.zips, exist_ok=True)
 
@@ -634,7 +628,7 @@ class Workdir:
         try:
             yield target
         finally:
-            if os.path.exists(target):
+            with suppress(FileNotFoundError):
                 os.unlink(target)
             with self._room:
                 self._promised -= need
@@ -2215,9 +2209,7 @@ def upload(settings: Settings, teller: Teller) -> int:
         teller.dry_run(plan, to_send, ledger, settings, not_dicom)
         return SOME_FAILED if teller.failures else ALL_THERE
     settings = find_password(settings)
-    workdir = Workdir(settings.workdir)
-    programs = Programs()
-    try:
+    with closing(Workdir(settings.workdir)) as workdir, closing(Programs()) as programs:
         teller.open_files(settings)
         check_tools(programs, teller)
         plan = make_plan(settings, teller.log)
@@ -2226,10 +2218,6 @@ def upload(settings: Settings, teller: Teller) -> int:
         teller.line(f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
                     f"{settings.user}")
         return send_all(plan, xnat, workdir)
-    finally:
-        programs.stop()
-        programs.close()
-        workdir.close()
 
 
 def parts_to_send(plan: Plan, ledger: Ledger, settings: Settings) -> List[Part]:
