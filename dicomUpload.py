@@ -304,11 +304,9 @@ def subfolders(folder: str, strays: List[str]) -> List[str]:
     """Names of the folders in `folder`, hidden ones not, in order; the rest goes to `strays`."""
     names = []
     for entry in os.scandir(folder):
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            good = True  # it counts: a share that is not mounted must not go unnoticed
-        else:
-            good = entry.is_dir() and not leads_back(entry)
-        if not good:
+        # A link to nothing counts: a share that is not mounted must not go unnoticed.
+        lost = entry.is_symlink() and not os.path.exists(entry.path)
+        if not lost and (not entry.is_dir() or leads_back(entry)):
             strays.append(entry.path)
         elif not entry.name.startswith("."):
             names.append(entry.name)
@@ -649,10 +647,9 @@ def pack(series: Series, files: List[File], target: str, level: int, programs: P
             raise Trouble(f"{name} {unreadable(error)}")
         if (info.st_size, info.st_mtime_ns) != (length, time_ns):
             raise Trouble(f"{name} changed during this run: run again when it is still")
-    # -q quiet; -X no owners and times; -D no folder entries; -@ names from standard input, a
-    # line each. `./` keeps a name that begins with - from being taken for an option. zip makes
-    # the file itself (one that is there would be updated), and never writes to a pipe (Java
-    # refuses stored entries with a data descriptor).
+    # -q quiet; -X no owners and times; -D no folder entries; -@ names, a line each, as input. `./`
+    # keeps a name with - from being taken for an option. zip makes the file itself (one that is
+    # there would be updated); written to a pipe, Java would refuse it (data descriptors).
     names = b"".join(b"./" + os.fsencode(name) + b"\n" for name, _, _ in files)
     done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, series.folder)
     if done.returncode not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
@@ -670,13 +667,11 @@ def check_zip(target: str, files: List[File]) -> None:
     wanted = Counter((os.fsencode(name), length) for name, length, _ in files)
     packed: Counter[Tuple[bytes, int]] = Counter()
     try:
-        with zipfile.ZipFile(target) as archive:
+        with suppress(FileNotFoundError), zipfile.ZipFile(target) as archive:
             for entry in archive.infolist():
                 # The bytes as they stand in the zip: Python decodes those without flag as cp437.
                 coding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
                 packed[entry.orig_filename.encode(coding), entry.file_size] += 1
-    except FileNotFoundError:
-        pass  # zip found none of the files
     except (OSError, zipfile.BadZipFile) as error:
         raise Trouble(f"zip made no readable archive ({error}): run again")
     for name, _ in (wanted - packed) or (packed - wanted):
@@ -2052,7 +2047,7 @@ def read_options(argv: List[str]) -> Settings:
     check(given)
     given.url = check_url(given.url)
     given.config = read_config(given.config) if given.config else ()
-    given.limit_rate = bytes_per_second(given.limit_rate) if given.limit_rate is not None else 0
+    given.limit_rate = 0 if given.limit_rate is None else bytes_per_second(given.limit_rate)
     given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
     command = ["python3", sys.argv[0]]
     for at, word in enumerate(argv):  # the one that is PASS, and not an option's value like it
@@ -2125,13 +2120,11 @@ def read_config(path: str) -> Tuple[str, ...]:
     except (ValueError, RecursionError) as error:
         refuse(f"--config {path}", f"is not JSON in UTF-8 ({error}): mend it there")
     names = config.pop("Exclude", []) if isinstance(config, dict) else []
-    wrong = [config] if config != {} else []
-    if isinstance(names, list):
-        wrong += [each for each in names if not isinstance(each, str) or not each]
-    else:
-        wrong += [names]
-    for each in wrong:
-        refuse(f"--config {path}", f"has {json.dumps(each)[:60]} where only a list of parts of "
+    wrong = [names] if not isinstance(names, list) else [
+        each for each in names if not isinstance(each, str) or not each]
+    wrong += [config] if config != {} else []
+    if wrong:
+        refuse(f"--config {path}", f"has {json.dumps(wrong[0])[:60]} where only a list of parts of "
                'names belongs: write {"Exclude": ["AAHEAD"]}')
     return tuple(names)
 
