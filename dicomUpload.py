@@ -1791,7 +1791,9 @@ class Teller:
         series, total = self._goal
         sent = self._bytes + sum(each for _, each in self._at_work.values())
         rate = sent / max(1.0, time.monotonic() - self._began)
-        left = f"  {duration((total - sent) / rate)} left" if 0 < sent < total else ""
+        left = "  waiting for XNAT" if sent else ""
+        if 0 < sent < 0.99 * total:
+            left = f"  {duration((total - sent) / rate)} left"
         names = [name for name, _ in self._at_work.values()][:1]
         return (f"[{self._series['sent']} of {series} series  {size(sent)} of {size(total)}  "
                 f"{size(rate)}/s{left}]  {''.join(names)}")
@@ -2201,6 +2203,9 @@ def upload(settings: Settings, teller: Teller) -> int:
         teller.plan(plan, to_send)
         teller.dry_run(plan, to_send, ledger, settings, not_dicom)
         return SOME_FAILED if teller.failures else ALL_THERE
+    if settings.password != "-":
+        teller.say("PASS: others on this machine can read it in the list of processes: give - and "
+                   "set XNAT_PASS, or use ~/.netrc")
     settings = find_password(settings)
     with closing(Workdir(settings.workdir)) as workdir, closing(Programs()) as programs:
         teller.open_files(settings)
@@ -2209,7 +2214,7 @@ def upload(settings: Settings, teller: Teller) -> int:
         xnat = Xnat(settings, programs, teller)
         xnat.meet()
         teller.line(f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
-                    f"{settings.user}")
+                    f"{settings.user}", important=False)
         return send_all(plan, xnat, workdir)
 
 

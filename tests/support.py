@@ -3,13 +3,18 @@
 import contextlib
 import csv
 import ctypes
+import fcntl
 import os
+import pty
 import re
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,6 +62,12 @@ def drop_root_rights() -> None:
         libc = ctypes.CDLL(None)
         for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
             libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def take_terminal() -> None:
+    """In a child, before exec: let the terminal on standard input be its own."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def need(test: unittest.TestCase, tool: str) -> str:
@@ -132,6 +143,21 @@ class UploadTest(unittest.TestCase):
         """Run an upload against the stand-in. `call` is for `arguments`."""
         return self.run_command(self.arguments(server.url, *options, **call), environment,
                                 timeout, preexec_fn=preexec)
+
+    def terminal(self, columns: int = 0) -> Tuple[int, int]:
+        """Both ends of a terminal; the test closes the second."""
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        return master, slave
+
+    def shown(self, master: int, last: bytes = b"\0") -> str:
+        """What is shown on a terminal until its other end is closed, or this is shown last."""
+        shown = b""
+        with contextlib.suppress(OSError):  # closed, on Linux
+            while not shown.endswith(last) and select.select([master], [], [], 20)[0]:
+                shown += os.read(master, 1024) or last
+        return shown.decode()
 
     def report(self) -> List[Dict[str, str]]:
         """The rows of the newest report."""

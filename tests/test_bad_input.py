@@ -4,13 +4,10 @@ Each test says how the run ends, in which words, and what the server then holds.
 """
 
 import base64
-import fcntl
 import itertools
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import socket
@@ -25,7 +22,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from tests.dicom import (README_TREE, dicom_file, dicomdir_file, digests, readme_tree, uid,
                          write_series)
 from tests.support import (EXCLUSIONS, ROOT, SCRIPT, Ran, UploadTest, drop_root_rights, missing,
-                           need)
+                           need, take_terminal)
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import Standin, User
 
@@ -1085,32 +1082,20 @@ class Password(BadInputTest):
                 self.refuse_login(".netrc")
 
     def test_on_a_terminal_it_is_asked_for_without_echo(self) -> None:
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-
-        def take_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
+        master, slave = self.terminal()
         with self.xnat() as server:
             process = self.start(self.arguments(server.url, password="-"), stdin=slave,
                                  preexec_fn=take_terminal)
-            shown = b""
-            while b": " not in shown and select.select([master], [], [], 20)[0]:
-                shown += os.read(master, 1024)
-            self.assertIn(b"alice", shown)
+            shown = self.shown(master, b": ")
+            self.assertIn("alice", shown)
             self.assertFalse(termios.tcgetattr(slave)[3] & termios.ECHO)
             os.close(slave)
             os.write(master, b"s3cret\n")
             out, err = process.communicate(timeout=30)
-            while select.select([master], [], [], 0)[0]:
-                try:
-                    shown += os.read(master, 1024)
-                except OSError:  # the other end is closed
-                    break
+            shown += self.shown(master)
             self.assertEqual(process.returncode, 0, out + err)
             self.assert_archived(server, "007_pre", self.wanted)
-        self.assertNotIn(b"s3cret", shown)
+        self.assertNotIn("s3cret", shown)
 
     def test_it_is_in_no_output_no_file_and_no_childs_arguments(self) -> None:
         password = "p\"a's \\w;#,: $(x)\u00fc4711"

@@ -3,25 +3,21 @@ and one that is whole is never called anything else, whatever tree, ledger and s
 """
 
 import contextlib
-import fcntl
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import tempfile
-import termios
 import threading
 import types
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List
 from unittest import mock
 
 import dicomUpload
 from tests.dicom import digests, uid, write_series
-from tests.support import Ran, need, slow
+from tests.support import Ran, need, slow, take_terminal
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.test_fault_table import COMMIT, HELD, IMPORT, LOGIN, FaultTest
 from tests.test_signals_and_disk import RunningTest, until
@@ -371,20 +367,6 @@ class WhatIsShown(AnswerTest):
         self.assertEqual(set(modes.values()), {0}, modes)
         self.assertLessEqual({".zip", ".zips", ".log", ".csv", ".ledger", ".lock"}, set(modes))
 
-    def terminal(self) -> Tuple[int, int]:
-        """Both ends of a terminal; the test closes the second."""
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        return master, slave
-
-    def shown(self, master: int, last: bytes = b"\0") -> str:
-        """What is shown on a terminal until its other end is closed, or this is shown last."""
-        shown = b""
-        with contextlib.suppress(OSError):  # closed, on Linux
-            while not shown.endswith(last) and select.select([master], [], [], 20)[0]:
-                shown += os.read(master, 1024) or last
-        return shown.decode()
-
     def test_on_a_terminal_the_line_moves_within_a_series(self) -> None:
         self.tree(A, files=4)
         master, slave = self.terminal()
@@ -402,11 +384,6 @@ class WhatIsShown(AnswerTest):
     def test_the_end_of_input_instead_of_a_password_is_told(self) -> None:
         self.tree()
         master, slave = self.terminal()
-
-        def take_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
         with self.xnat() as server:
             process = self.start(self.arguments(server.url, password="-"), stdin=slave,
                                  preexec_fn=take_terminal)
