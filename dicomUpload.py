@@ -455,8 +455,10 @@ def is_dicom(head: bytes, size: int) -> bool:
     """
     if head[128:132] == b"DICM":
         return not DICOMDIR_CLASS.search(head, 132)
-    if len(head) < 16 or EXPLICIT.match(head):
-        return len(head) >= 16
+    if len(head) < 16:
+        return False
+    if EXPLICIT.match(head):
+        return True
     group, element, length = struct.unpack("<HHI", head[:8])
     return (group in (0x0002, 0x0008) and element <= 0x0090 and (element > 0 or length == 4)
             and length <= min(size - 8, 1024) and length % 2 == 0)
@@ -471,11 +473,11 @@ def check_shape(plan: Plan, settings: Settings) -> None:
     if plan.not_chosen and not plan.sessions:
         refuse(f"--only {' '.join(settings.only)}", f"chooses none of the {plan.not_chosen} "
                f"sessions in {root}: give subject or subject/session, as the folders go")
+    elif not any(plan.pairs()) and deep:
+        wrong = (f"one level too deep (files where series belong, {deep[0]}): try "
+                 f"{os.path.dirname(os.path.abspath(root))}")
     elif not any(plan.pairs()):
         wrong = "no series found: give the folder that holds the subjects"
-        if deep:
-            wrong = (f"one level too deep (files where series belong, {deep[0]}): try "
-                     f"{os.path.dirname(os.path.abspath(root))}")
     elif wanted and not full and not any(series.problem for series in wanted):
         junk = sum(series.not_dicom for series in wanted)
         wrong = f"none of the {junk} files in {len(wanted)} series is DICOM: is this the folder?"
