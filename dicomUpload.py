@@ -689,7 +689,7 @@ CURL_TROUBLE = {
     6: "the server's name cannot be found: check URL and network",
     7: "nothing answers there: check URL, network, and whether XNAT is up",
     28: "the connection went silent: check the network, and see --timeout",
-    35: "TLS does not come about: check https or http, and the port",
+    35: "no encrypted connection comes about: check https or http, and the port",
     52: "the server closed the connection without an answer: run again later",
     55: "the connection broke while sending: run again later",
     56: "the connection broke: run again later",
@@ -2208,6 +2208,9 @@ def upload(settings: Settings, teller: Teller) -> int:
     if settings.password != "-":
         teller.say("PASS: others on this machine can read it in the list of processes: give - and "
                    "set XNAT_PASS, or use ~/.netrc")
+    if settings.insecure:
+        teller.say("--insecure: the server's certificate is not checked, so that somebody between "
+                   "could read login and scans: give its CA with --cacert FILE instead")
     settings = find_password(settings)
     with closing(Workdir(settings.workdir)) as workdir, closing(Programs()) as programs:
         teller.open_files(settings)

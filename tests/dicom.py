@@ -178,12 +178,12 @@ def write_series(folder: Path, *, study: str, number: int = 1, files: int = 3,
             description=description, **more))
 
 
-def readme_tree(root: Path, files: int = 4) -> None:
+def readme_tree(root: Path, files: int = 4, **more: Any) -> None:
     """Make the README's tree under `root`: one study for each session."""
     for path, number in README_TREE.items():
         subject, session, _ = path.split("/")
         write_series(root / path, study=uid(subject, session), number=number, files=files,
-                     patient=subject)
+                     patient=subject, **more)
 
 
 def digests(root: Path) -> Dict[str, str]:

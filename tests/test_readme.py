@@ -1,11 +1,13 @@
 """What the README says is what the program does."""
 
+import ast
 import re
 import sys
 from pathlib import Path
 
-from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest
+from tests import picture
 from tests.dicom import README_TREE, readme_tree
+from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -28,7 +30,41 @@ def drawn_paths(drawing: str) -> list:
     return paths
 
 
+def words_of_the_code() -> list:
+    """Every text in the program, with … for what it fills in."""
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…"
+                                 for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return texts
+
+
+def alike(line: str) -> str:
+    """A line of a run without what differs from run to run."""
+    line = re.sub(r"\d[\d,.]* (bytes|kB|MB|GB)(/s)?", "SIZE", line)
+    return re.sub(r" +", " ", re.sub(r"\d+(\.\d)? s\b|_\d{8}-\d{6}", "TIME", line))
+
+
 class Readme(UploadTest):
+    def test_the_picture_of_a_run_is_what_a_run_shows_now(self) -> None:
+        drawn, made = (sorted(alike(line) for line in text.splitlines() if line[:1] != "[")
+                       for text in (picture.BLOCK.findall(README)[0], picture.picture()))
+        self.assertEqual(drawn, made)
+        self.assertRegex(README, r"(?m)^\[\d of \d series  [\d.]+ MB of .* left\]  \S+ \S+$")
+
+    def test_what_goes_wrong_is_told_in_the_words_of_the_code(self) -> None:
+        section = README.partition("## When something goes wrong")[2].partition("\n## ")[0]
+        rows = re.findall(r"(?m)^\| `([^`]+)` \| (.+?) \| (.+?) \|$", section)
+        self.assertGreater(len(rows), 20)
+        texts = words_of_the_code()
+        for message, _, _ in rows:
+            with self.subTest(message):
+                self.assertTrue(any(message in text for text in texts), "not in the code")
+
     def test_the_help_in_the_readme_is_the_help_of_the_program(self) -> None:
         ran = self.run_command([sys.executable, str(SCRIPT), "--help"], {"COLUMNS": "80"})
         self.assertEqual(ran.status, 0)
