@@ -401,6 +401,9 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
 def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: List[str],
                  problems: List[str]) -> None:
     """Put one file where it belongs. Raises OSError if it cannot be read."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        problems.append(f"{name} is a link to nothing: mend or remove it, then run again")
+        return
     info = entry.stat()
     regular = entry.is_file() and info.st_size  # a FIFO would make us wait for ever
     if not regular or not is_dicom(first_bytes(entry.path), info.st_size):
