@@ -1863,7 +1863,10 @@ def commit(xnat: "Standin", exchange: Exchange, row: Row) -> Answer:
 
 @route("POST", "/data/services/archive")
 def archive_service(xnat: "Standin", exchange: Exchange) -> Answer:
-    """Archive a session that is built (section 6.3); forms are not understood."""
+    """Archive a session that is built (section 6.3); a plain form may hold the parameters."""
+    if "x-www-form-urlencoded" in exchange.headers.get("content-type", ""):
+        form = b"".join(iter(exchange.body.some, b"")).decode()
+        exchange.params = {**dict(parse_qsl(form)), **exchange.params}
     source = re.sub("^/data", "", exchange.params.get("src", ""))
     place = source.split("/")[3:]
     if len(place) != 3 or place[0] == UNASSIGNED:
