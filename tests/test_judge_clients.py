@@ -1,4 +1,4 @@
-"""XNAT's own clients as judges: what they make of the stand-in, and of what the uploader left there.
+"""XNAT's own clients as judges of the stand-in, and of what the uploader left there.
 
 PyPI's xnat (xnatpy), pyxnat and xnatctl log in, look, import and archive. `.ci/run` installs them
 into a venv and says in DICOMUPLOAD_TEST_CLIENTS where its Python is; none of their code is here.

@@ -2372,18 +2372,23 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Loopback only; quiet; its threads never keep the process."""
+    """Loopback only, unless it is given a socket; quiet; its threads never keep the process."""
     daemon_threads = True
     block_on_close = False
     request_queue_size = 256
     xnat: "Standin"
     tls: Optional[ssl.SSLContext] = None
 
-    def __init__(self, port: int, receive_buffer: int) -> None:
+    def __init__(self, port: int, receive_buffer: int,
+                 listener: Optional[socket.socket] = None) -> None:
         self._receive_buffer = receive_buffer
         self._open: Set[socket.socket] = set()
         self.connections = 0
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(("127.0.0.1", port), Handler, bind_and_activate=listener is None)
+        if listener:
+            self.socket.close()
+            self.socket = listener
+            self.server_name, self.server_port = listener.getsockname()
 
     def server_bind(self) -> None:
         """As HTTPServer does, without asking the DNS for the machine's name."""
@@ -2464,7 +2469,7 @@ class Standin:
     def __init__(self, *, port: int = 0, context_path: str = "",
                  tls: Optional[Tuple[str, str]] = None, users: Optional[Iterable[User]] = None,
                  projects: Optional[Iterable[Project]] = None, faults: Iterable[Fault] = (),
-                 **knobs: Any) -> None:
+                 listener: Optional[socket.socket] = None, **knobs: Any) -> None:
         self.knobs = Knobs(**knobs)
         self.context_path = context_path.rstrip("/")
         self.changed = threading.Condition()  # the one lock; notified whenever anything happens
@@ -2484,14 +2489,15 @@ class Standin:
         if tls:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._tls.load_cert_chain(*tls)
-        self._listen(port)
+        self._listen(port, listener)
         self.port = self._server.server_port
-        self.url = "%s://127.0.0.1:%d%s" % ("https" if tls else "http", self.port,
-                                            self.context_path)
+        self.url = "%s://%s:%d%s" % ("https" if tls else "http", self._server.server_name,
+                                     self.port, self.context_path)
 
-    def _listen(self, port: int) -> None:
-        """Take the port; connections wait until somebody serves."""
-        self._server = Server(port, 64 * 1024 if self.knobs.rate else 0)
+    def _listen(self, port: int, listener: Optional[socket.socket] = None) -> None:
+        """Take the port, or a socket that listens in a network of its own; connections wait until
+        somebody serves."""
+        self._server = Server(port, 64 * 1024 if self.knobs.rate else 0, listener)
         self._server.xnat, self._server.tls = self, self._tls
 
     def _serve(self) -> None:
