@@ -298,8 +298,8 @@ class Limits(NginxTest):
 
     def test_after_a_timeout_of_the_proxy_the_import_is_waited_for_and_nothing_is_doubled(
             self) -> None:
-        self.tree("007/pre/A_0001", files=10)
-        self.server.knobs.seconds_per_file = 0.075  # as slow as XNAT gets
+        self.tree("007/pre/A_0001", files=16)
+        self.server.knobs.seconds_per_file = 0.12  # 1.4 s are left at the 504
         process = self.start(self.arguments(self.nginx.url("impatient"), "--cacert",
                                             self.nginx.ca))
         self.assertTrue(self.server.wait_for(lambda: self.server.imports()
@@ -316,7 +316,7 @@ class Limits(NginxTest):
 
     def test_a_part_that_always_outlasts_the_proxy_is_told_with_a_remedy_that_works(self) -> None:
         self.tree("007/pre/A_0001", files=10)
-        self.server.knobs.seconds_per_file = 0.075
+        self.server.knobs.seconds_per_file = 0.075  # as slow as XNAT gets
         ran = self.through("impatient", "--retries", "1", status=1)
         told = [line for line in ran.out.splitlines() if "504" in line and "A_0001" in line]
         self.assertTrue(told, ran.text)
