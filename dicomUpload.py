@@ -699,6 +699,12 @@ CURL_TROUBLE = {
     60: "the server's certificate is not trusted: give your site's CA with --cacert FILE",
     77: "the CA file cannot be read: check --cacert",
 }
+# What else exit 60 may mean, by curl's own words: no other CA would help.
+CERTIFICATES = (
+    ("expired", "the server's certificate has expired: ask the XNAT admin to renew it"),
+    ("not yet valid", "the server's certificate is not valid yet: check this machine's clock"),
+    ("subject name", "the server's certificate is for another name: give the URL by that name"),
+)
 # Exit statuses of curl that waiting may heal: connections that failed, broke or went silent.
 CONNECTION_TROUBLE = frozenset((5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92, 95, 96))
 BUSY_STATUS = frozenset((408, 429, 502, 503, 504))
@@ -714,7 +720,8 @@ REMEDIES = (
     ("matching files|same resources", "XNAT has these files: --overwrite-files replaces them"),
     ("another subject|session subject", "the label belongs to another subject: rename the folder"),
     ("session uid|same uid", "XNAT has another study under this label: rename the folder"),
-    ("http 413", "ask the admin to raise client_max_body_size, or lower --max-files"),
+    ("http 413", "lower --max-files, or ask the admin to raise client_max_body_size"),
+    ("http 504", "lower --max-files, or ask the admin to raise proxy_read_timeout"),
     ("http 403", "ask the project's owner for the right to edit"),
     ("http 5", "run again later; if it stays, ask the XNAT admin"),
     ("", "look at the session in XNAT's prearchive"),
@@ -793,7 +800,7 @@ class Xnat:
         command = ["curl", "--disable", "--config", "-", "--globoff", "--include",
                    "--suppress-connect-headers", "--write-out", f"\n%{{http_code}} {mark}\n"]
         # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
-        command += ["--connect-timeout", "30", "--speed-limit", "1",
+        command += ["--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
                     "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
         command += ["--cacert", settings.cacert] if settings.cacert else []
         command += ["--insecure"] if settings.insecure else []
@@ -848,7 +855,7 @@ class Xnat:
 
     def is_there(self) -> bool:
         """Whether anything that could be a working XNAT answers."""
-        answer = self.ask("GET", BUILD_INFO, seconds=30)
+        answer = self.ask("GET", BUILD_INFO, seconds=min(30, self.settings.timeout))
         return answer.code == 0 and answer.status not in BUSY_STATUS
 
     def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
@@ -940,7 +947,8 @@ class Xnat:
         elif "InactiveAccount" in target:
             why = f"the account {user} is not active yet: ask the XNAT admin"
         elif target.startswith("https:") and self.settings.url.startswith("http:"):
-            why = f"the server wants https: give https://{urlsplit(target).netloc} as URL"
+            path = urlsplit(self.settings.url).path  # XNAT may have a path of its own
+            why = f"the server wants https: give https://{urlsplit(target).netloc}{path} as URL"
         elif target:
             why = f"the server redirects to {target}: give the address that XNAT itself has"
         elif answer.is_html and answer.status == 200:
@@ -1022,6 +1030,10 @@ class Xnat:
                     lambda: self.ask("POST", "/data/services/import", query, zipped, moved=moved),
                     lambda answer: self.judge_part(answer, part))
                 moved(1.0 if verdict.address else 0.0)
+                if answer.status in (413, 504):  # a proxy's limits: how big was it?
+                    message = (f"{said(answer)}, for a zip of {size(zip_size)} with "
+                               f"{plural(len(files), 'file')}: {remedy(answer)}")
+                    verdict = replace(verdict, message=message)
                 away = verdict.address and address and verdict.address != address
                 return Outcome(verdict.address, verdict.message, zip_size, tries, answer.status,
                                bool(away) and not self.settled(address))
@@ -1212,6 +1224,8 @@ def table(found: Any) -> Optional[List[Row]]:
 def curl_trouble(answer: Answer) -> str:
     """curl's exit status in words, with curl's own as the evidence."""
     words = CURL_TROUBLE.get(answer.code, "curl was killed" if answer.code < 0 else "curl failed")
+    if answer.code == 60:
+        words = next((words for sign, words in CERTIFICATES if sign in answer.error), words)
     what, _, to_do = words.partition(": ")
     return (f"{what} (curl exit {answer.code}{', ' if answer.error else ''}{answer.error}): "
             f"{to_do or 'run again'}")
@@ -2208,21 +2222,21 @@ def upload(settings: Settings, teller: Teller) -> int:
         teller.plan(plan, to_send)
         teller.dry_run(plan, to_send, ledger, settings, not_dicom)
         return SOME_FAILED if teller.failures else ALL_THERE
-    if settings.password != "-":
-        teller.say("PASS: others on this machine can read it in the list of processes: give - and "
-                   "set XNAT_PASS, or use ~/.netrc")
-    if settings.insecure:
-        teller.say("--insecure: the server's certificate is not checked, so that somebody between "
-                   "could read login and scans: give its CA with --cacert FILE instead")
-    settings = find_password(settings)
+    readable, settings = settings.password != "-", find_password(settings)
     with closing(Workdir(settings.workdir)) as workdir, closing(Programs()) as programs:
         teller.open_files(settings)
         check_tools(programs, teller)
         plan = make_plan(settings, teller.log)
         xnat = Xnat(settings, programs, teller)
+        if settings.insecure:
+            teller.say(f"{settings.url}: its certificate is not checked (--insecure), whoever "
+                       "answers gets login and scans: give its CA with --cacert FILE instead")
         xnat.meet()
         teller.line(f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
                     f"{settings.user}", important=False)
+        if readable:
+            teller.say("PASS: others on this machine can read it in the list of processes: give - "
+                       "and set XNAT_PASS, or use ~/.netrc")
         return send_all(plan, xnat, workdir)
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -280,10 +281,12 @@ class OtherSignals(RunningTest):
     def test_a_second_run_in_the_same_workdir_is_refused_and_the_first_goes_on(self) -> None:
         self.tree()
         with self.xnat() as server:
-            server.fail("stall before", IMPORT, seconds=2)
+            second_ended = threading.Event()
+            server.knobs.reject = lambda _: not second_ended.wait(60)
             process = self.start(self.arguments(server.url))
             self.assertTrue(server.wait_for(server.imports, 30))
             second = self.upload(server)
+            second_ended.set()
             self.assertEqual(second.status, 3, second.text)
             self.assertRegex(second.err, "workdir .*in use by another run: ")
             ran = self.ended(process, 60)

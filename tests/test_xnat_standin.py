@@ -936,6 +936,14 @@ class CommitsAndTheArchive(Case):
         self.assertEqual((reply.status, reply.text),
                          (200, "/data/archive/projects/BRAIN/subjects/007/experiments/007_pre\r\n"))
 
+    def test_the_archive_service_takes_a_plain_form_too(self) -> None:
+        xnat = self.start()
+        address = self.send(images(2)).lines[0]
+        self.call("POST", address + "?action=build")
+        reply = self.call("POST", "/data/services/archive", urlencode({"src": address}), {
+            "Content-Type": "application/x-www-form-urlencoded"})
+        self.assertEqual((reply.status, len(xnat.archive)), (200, 1))
+
     def test_si_builds_a_folder_of_its_own_for_every_post(self) -> None:
         xnat = self.start()
         si = {"import-handler": "SI", "PROJECT_ID": "MANUAL"}
@@ -1045,6 +1053,55 @@ class WhatCanBeRead(Case):
         self.assertEqual(self.call("GET", brain + "/experiments?format=csv").text.split("\n")[0],
                          "ID,project,date,xsiType,label,insert_date,URI")
         self.assertEqual(self.call("GET", "/xapi/users/username").text, "alice")
+
+    def test_sessions_are_found_by_label_within_a_project_and_by_id_anywhere(self) -> None:
+        self.start()
+        self.archived(images(2))
+        long = "/data/archive/projects/BRAIN/subjects/XNAT_S_007/experiments/007_pre"
+        between, short = "/data/projects/BRAIN/experiments/007_pre", "/data/experiments/XNAT_E00001"
+        for path in long, between, short:
+            data = json.loads(self.call("GET", path + "?format=json").text)
+            self.assertEqual(data["items"][0]["data_fields"]["ID"], "XNAT_E00001", path)
+        self.assertEqual(self.call("GET", "/data/experiments/007_pre").status, 404)
+        for path in long, short:
+            [row] = self.call("GET", path + "/scans/1/resources").rows
+            files = self.call("GET", "%s/scans/1/resources/%s/files" % (
+                path, row["xnat_abstractresource_id"])).rows
+            self.assertEqual(len(files), 2, path)
+            self.assertEqual(self.call("GET", path + "/scans/1/resources/9/files").status, 404)
+            self.assertEqual(self.call("GET", path + "/resources").rows, [])
+            self.assertEqual(self.call("GET", path + "/scans/1").status, 200)
+        self.assertEqual(self.call("GET", between + "/scans").status, 404)
+        self.assertEqual(self.call("GET", short, login=("carol", "car0l")).status, 404)
+
+    def test_a_list_has_the_columns_that_were_asked_for(self) -> None:
+        self.start()
+        self.archived(images(1))
+        path = "/data/projects/BRAIN/experiments?columns=ID,subject_label,xnat:a/subject_id&"
+        [row] = self.call("GET", path + "label=007_pre").rows
+        self.assertEqual(row, {"ID": "XNAT_E00001", "subject_label": "007",
+                               "subject_ID": "XNAT_S_007", "URI": "/data/experiments/XNAT_E00001"})
+        self.assertEqual(self.call("GET", path + "label=other").rows, [])
+
+    def test_no_two_resources_have_the_same_number(self) -> None:
+        self.start(snapshots=True)
+        self.archived({**images(1), **images(1, number=2)})
+        place, numbers = "/data/experiments/XNAT_E00001/scans", []
+        for scan in self.call("GET", place).rows:
+            rows = self.call("GET", "%s/%s/resources" % (place, scan["ID"])).rows
+            numbers += [row["xnat_abstractresource_id"] for row in rows]
+        self.assertEqual(len(set(numbers)), 4)
+
+    def test_what_is_on_disk_outlives_a_restart_and_logins_do_not(self) -> None:
+        xnat = self.start()
+        self.archived(images(1))
+        login = self.call("POST", "/data/JSESSION").text
+        with xnat.down():
+            with self.assertRaises(OSError):
+                self.call("GET", "/data/auth")
+        self.assertEqual(len(xnat.stored("007_pre")), 1)
+        self.assertNotIn(login, xnat.accounts.sessions)
+        self.assertEqual(self.call("GET", "/data/auth").status, 200)
 
     def test_the_login_of_pypi_s_xnat_has_the_password_in_its_body(self) -> None:
         self.start()

@@ -186,6 +186,11 @@ class Session:
     scans: Scans = field(default_factory=dict)
 
     @property
+    def id(self) -> str:
+        """The name that XNAT gives it."""
+        return "XNAT_E%05d" % self.number
+
+    @property
     def uri(self) -> str:
         """Its address, without /data."""
         return "/archive/projects/%s/subjects/%s/experiments/%s" % (
@@ -1486,7 +1491,7 @@ def route(methods: str, path: str) -> Callable[[Route], Route]:
 def answer_of(xnat: "Standin", exchange: Exchange) -> Answer:
     """Find the route and take it."""
     path = re.sub("^/REST/", "/data/", exchange.path)
-    path = re.sub("^/data/archive/(?=projects/)", "/data/", path)
+    path = re.sub("^/data/archive/(?=(?:projects|subjects|experiments)(?:/|$))", "/data/", path)
     allowed = True
     for methods, pattern, function in ROUTES:
         match = pattern.fullmatch(path)
@@ -1568,10 +1573,58 @@ def build_info(xnat: "Standin", exchange: Exchange) -> Answer:
                     "sha": "0000000", "isDirty": "false", "timestamp": "0", "title": "stand-in"})
 
 
+# The data types that lead to a session's files: for clients that make their classes of them.
+TYPES: Tuple[Tuple[str, str, str], ...] = (
+    ("projectData", "", "name"),
+    ("subjectData", "", "label project experiments/experiment:experimentData"),
+    ("experimentData", "", "label project date"),
+    ("subjectAssessorData", "experimentData", "subject_ID"),
+    ("imageSessionData", "subjectAssessorData", "UID scans/scan:imageScanData"),
+    ("mrSessionData", "imageSessionData", ""),
+    ("imageScanData", "", "type series_description quality note"),
+    ("mrScanData", "imageScanData", ""),
+    ("abstractResource", "", "label"),
+    ("resource", "abstractResource", ""),
+    ("resourceCatalog", "resource", ""),
+)
+
+
+def element_schema(word: str) -> str:
+    """An element: its name if it is a string, or list/name:type."""
+    parts = re.fullmatch(r"(\w+)(?:/(\w+):(\w+))?", word)
+    assert parts
+    if not parts[2]:
+        return '<xs:element name="%s" type="xs:string"/>' % word
+    return ('<xs:element name="%s"><xs:complexType><xs:sequence><xs:element name="%s" '
+            'type="xnat:%s" maxOccurs="unbounded"/></xs:sequence></xs:complexType></xs:element>'
+            % parts.groups())
+
+
+def type_schema(name: str, base: str, fields: str) -> str:
+    """One of TYPES as a complex type."""
+    elements = "".join(map(element_schema, fields.split()))
+    body = "<xs:sequence>%s</xs:sequence>" % elements
+    if base:
+        body = ('<xs:complexContent><xs:extension base="xnat:%s">%s</xs:extension>'
+                "</xs:complexContent>" % (base, body))
+    else:
+        body += '<xs:attribute name="ID" type="xs:string"/>'
+    return '<xs:complexType name="%s">%s</xs:complexType>\n' % (name, body)
+
+
+@route("GET", "/xapi/schemas/xnat")
+def schema(xnat: "Standin", exchange: Exchange) -> Answer:
+    """The schema of those types."""
+    text = ('<xs:schema targetNamespace="http://nrg.wustl.edu/xnat" '
+            'xmlns:xnat="http://nrg.wustl.edu/xnat" xmlns:xs="http://www.w3.org/2001/XMLSchema">\n'
+            "%s</xs:schema>\n" % "".join(type_schema(*each) for each in TYPES))
+    return Answer(200, text.encode(), "application/xml")
+
+
 @route("GET", "/xapi/schemas")
 def schemas(xnat: "Standin", exchange: Exchange) -> Answer:
-    """None: PyPI's xnat makes its classes of them."""
-    return as_json([])
+    """The names of the schemas."""
+    return as_json(["xnat"])
 
 
 @route("GET", "/data/search/elements")
@@ -1810,7 +1863,10 @@ def commit(xnat: "Standin", exchange: Exchange, row: Row) -> Answer:
 
 @route("POST", "/data/services/archive")
 def archive_service(xnat: "Standin", exchange: Exchange) -> Answer:
-    """Archive a session that is built (section 6.3); forms are not understood."""
+    """Archive a session that is built (section 6.3); a plain form may hold the parameters."""
+    if "x-www-form-urlencoded" in exchange.headers.get("content-type", ""):
+        form = b"".join(iter(exchange.body.some, b"")).decode()
+        exchange.params = {**dict(parse_qsl(form)), **exchange.params}
     source = re.sub("^/data", "", exchange.params.get("src", ""))
     place = source.split("/")[3:]
     if len(place) != 3 or place[0] == UNASSIGNED:
@@ -1835,12 +1891,28 @@ def sessions_of(xnat: "Standin", project: Project) -> List[Session]:
             if place == project.id]
 
 
+def listing(exchange: Exchange, title: str, rows: List[Dict[str, Any]], usual: str) -> Answer:
+    """A list of the archive: the columns asked for, or the `usual` ones; the URI is always there.
+    Parameters that are columns choose rows."""
+    wanted = exchange.params.get("columns", usual).lower().split(",")
+    wanted = [column.rpartition("/")[2] for column in wanted] + ["uri"]
+    rows = [row for row in rows if all(str(row[key]) == exchange.params.get(key, str(row[key]))
+                                       for key in ("ID", "label", "project") if key in row)]
+    rows = [{key: value for key, value in row.items() if key.lower() in wanted} for row in rows]
+    return table(rows, title=title, totalRecords=str(len(rows)))
+
+
 def experiment_columns(session: Session) -> Dict[str, Any]:
-    """One line of a list of experiments."""
-    return {"ID": "XNAT_E%05d" % session.number, "project": session.project, "date": "2020-01-02",
+    """All that a list of experiments can tell of one."""
+    return {"ID": session.id, "project": session.project, "date": "2020-01-02",
             "xsiType": "xnat:mrSessionData", "label": session.label,
-            "insert_date": "2020-01-02 10:15:00.0", "URI": "/data/experiments/XNAT_E%05d"
-            % session.number}
+            "insert_date": "2020-01-02 10:15:00.0", "subject_ID": "XNAT_S_" + session.subject,
+            "subject_label": session.subject, "URI": "/data/experiments/" + session.id}
+
+
+def named(subject: str, given: str) -> bool:
+    """Whether a subject, by its label, is the one given by label or by ID."""
+    return given in (subject, "XNAT_S_" + subject)
 
 
 @route("GET", "/data/projects/" + NAME + "/subjects")
@@ -1850,8 +1922,9 @@ def list_subjects(xnat: "Standin", exchange: Exchange, name: str) -> Answer:
     subjects = sorted({session.subject for session in sessions_of(xnat, project)})
     rows = [{"ID": "XNAT_S_" + subject, "project": project.id, "label": subject,
              "insert_date": "2020-01-02 10:15:00.0", "insert_user": exchange.user.name,
-             "URI": "/data/subjects/XNAT_S_" + subject} for subject in subjects]
-    return table(rows, title="Subjects", totalRecords=str(len(rows)))
+             "xsiType": "xnat:subjectData", "URI": "/data/subjects/XNAT_S_" + subject}
+            for subject in subjects]
+    return listing(exchange, "Subjects", rows, "ID,project,label,insert_date,insert_user")
 
 
 @route("GET", "/data/projects/" + NAME + "/subjects/" + NAME)
@@ -1859,10 +1932,13 @@ def show_subject(xnat: "Standin", exchange: Exchange, name: str, subject: str) -
     """One subject."""
     project = readable(xnat, exchange, name)
     for session in sessions_of(xnat, project):
-        if session.subject == subject:
-            return item("xnat:subjectData", ID="XNAT_S_" + subject, label=subject,
+        if named(session.subject, subject):
+            return item("xnat:subjectData", ID="XNAT_S_" + session.subject, label=session.subject,
                         project=project.id)
     raise XnatError(404, NOT_FOUND)
+
+
+USUAL = "ID,project,date,xsiType,label,insert_date"  # columns of a list of experiments
 
 
 @route("GET", "/data/projects/" + NAME + "(?:/subjects/" + NAME + ")?/experiments")
@@ -1871,8 +1947,8 @@ def list_experiments(xnat: "Standin", exchange: Exchange, name: str,
     """The sessions of a project or of a subject."""
     project = readable(xnat, exchange, name)
     rows = [experiment_columns(session) for session in sessions_of(xnat, project)
-            if subject in (None, session.subject)]
-    return table(rows, title="Experiments", totalRecords=str(len(rows)))
+            if subject is None or named(session.subject, subject)]
+    return listing(exchange, "Experiments", rows, USUAL)
 
 
 @route("GET", "/data/experiments")
@@ -1880,55 +1956,101 @@ def list_all_experiments(xnat: "Standin", exchange: Exchange) -> Answer:
     """All sessions that the user can read."""
     rows = [experiment_columns(session) for session in xnat.archive.values()
             if xnat.store.project(exchange.user, session.project)]
-    return table(rows, title="Experiments", totalRecords=str(len(rows)))
+    return listing(exchange, "Experiments", rows, USUAL)
 
 
-def find_session(xnat: "Standin", exchange: Exchange, *place: str) -> Session:
-    """An archived session, or a 404."""
-    project = readable(xnat, exchange, place[0])
-    session = xnat.archive.get((project.id, place[2]))
-    if session is None or session.subject != place[1]:
-        raise XnatError(404, NOT_FOUND)
-    return session
+def find_session(xnat: "Standin", exchange: Exchange, project: Optional[str],
+                 subject: Optional[str], name: str) -> Session:
+    """An archived session, or a 404: by its label within a project, by its ID anywhere."""
+    place = readable(xnat, exchange, project).id if project else ""
+    for session in xnat.archive.values():
+        if (name == session.id or place and name == session.label) and (
+                xnat.store.project(exchange.user, session.project)
+                and place in ("", session.project)
+                and (subject is None or named(session.subject, subject))):
+            return session
+    raise XnatError(404, NOT_FOUND)
 
 
 @route("GET", EXPERIMENT)
+@route("GET", "/data/()()experiments/" + NAME)
+@route("GET", "/data/projects/" + NAME + "/()experiments/" + NAME)
 def show_session(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """One session."""
-    session = find_session(xnat, exchange, *place)
-    return item("xnat:mrSessionData", ID="XNAT_E%05d" % session.number, label=session.label,
-                project=session.project, subject_ID="XNAT_S_" + session.subject, UID=session.uid)
+    session = find_session(xnat, exchange, place[0], place[1] or None, place[2])
+    return item("xnat:mrSessionData", ID=session.id, label=session.label,
+                project=session.project, subject_ID="XNAT_S_" + session.subject, UID=session.uid,
+                date="2020-01-02")
 
 
-@route("GET", EXPERIMENT + "/scans")
+@route("GET", "(?:/data/experiments/%s|%s)/resources" % (NAME, EXPERIMENT))
+def session_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
+    """What belongs to the session and to none of its scans: nothing."""
+    session_at(xnat, exchange, *place)
+    return table([], title="Resources", totalRecords="0")
+
+
+# Below a session, XNAT knows the long way and the one by ID, not the one between them.
+SCANS = "(?:/data/experiments/%s|%s)/scans" % (NAME, EXPERIMENT)
+
+
+def session_at(xnat: "Standin", exchange: Exchange, number: Optional[str], *place: str) -> Session:
+    """A session by its number, or by its place."""
+    if number:
+        return find_session(xnat, exchange, None, None, number)
+    return find_session(xnat, exchange, *place)
+
+
+def row_id(session: Session, scan: str, kind: int = 0) -> int:
+    """The number of a scan or of its resource in the database: no two have the same."""
+    return 100000 * session.number + 10 * list(session.scans).index(scan) + kind
+
+
+def scan_columns(scan: str, files: Mapping[str, Stored]) -> Dict[str, Any]:
+    """One scan."""
+    return {"ID": scan, "type": "", "quality": "usable", "note": "", "series_description":
+            next(iter(files.values())).description if files else ""}
+
+
+@route("GET", SCANS)
 def session_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """Its scans."""
-    session = find_session(xnat, exchange, *place)
-    rows = [{"xnat_imagescandata_id": number, "ID": scan, "type": "", "quality": "usable",
-             "xsiType": "xnat:mrScanData", "note": "",
-             "series_description": next(iter(files.values())).description if files else "",
-             "URI": "%s/%s" % (exchange.path, scan)}
-            for number, (scan, files) in enumerate(session.scans.items(), 1)]
-    return table(rows, title="Scans", totalRecords=str(len(rows)))
+    session = session_at(xnat, exchange, *place)
+    rows = [{"xnat_imagescandata_id": row_id(session, scan), "xsiType": "xnat:mrScanData",
+             **scan_columns(scan, files), "URI": "%s/%s" % (exchange.path, scan)}
+            for scan, files in session.scans.items()]
+    return listing(exchange, "Scans", rows, "xnat_imagescandata_id,ID,type,quality,xsiType,note,"
+                   "series_description")
 
 
-@route("GET", EXPERIMENT + "/scans/" + NAME + "/resources")
+@route("GET", SCANS + "/" + NAME)
+def show_scan(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
+    """One scan."""
+    files = one_scan(session_at(xnat, exchange, *place[:4]).scans, place[4])
+    return item("xnat:mrScanData", **scan_columns(place[4], files))
+
+
+@route("GET", SCANS + "/" + NAME + "/resources")
 def scan_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """The counts of one scan."""
-    scan = place[3]
-    found = dicom_resource(scan, one_scan(find_session(xnat, exchange, *place[:3]).scans, scan))
-    rows = [{**found, "xnat_abstractresource_id": 1, "element_name": "xnat:resourceCatalog",
-             "cat_desc": "", "tags": "", "content": "RAW", "format": "DICOM"}]
+    session, scan = session_at(xnat, exchange, *place[:4]), place[4]
+    rows = [{**dicom_resource(scan, one_scan(session.scans, scan)),
+             "xnat_abstractresource_id": row_id(session, scan, 1),
+             "element_name": "xnat:resourceCatalog", "cat_desc": "", "tags": "", "content": "RAW",
+             "format": "DICOM"}]
     if xnat.knobs.snapshots:
-        rows.append({**rows[0], "xnat_abstractresource_id": 2, "label": "SNAPSHOTS",
-                     "file_count": 2, "file_size": 2000, "format": "GIF"})
+        rows.append({**rows[0], "xnat_abstractresource_id": row_id(session, scan, 2),
+                     "label": "SNAPSHOTS", "file_count": 2, "file_size": 2000, "format": "GIF"})
     return table(rows, title="Resources", totalRecords=str(len(rows)))
 
 
-@route("GET", EXPERIMENT + "/scans/" + NAME + "/resources/DICOM/files")
+@route("GET", SCANS + "/" + NAME + "/resources/" + NAME + "/files")
 def scan_files(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
-    """The files of one scan."""
-    files = one_scan(find_session(xnat, exchange, *place[:3]).scans, place[3])
+    """The files of one scan; its resource is named by its label or its number."""
+    session, scan = session_at(xnat, exchange, *place[:4]), place[4]
+    files = one_scan(session.scans, scan)
+    if place[5] not in ("DICOM", str(row_id(session, scan, 1))):
+        raise XnatError(404, NOT_FOUND)
     return table([{"Name": name, "Size": file.size, "URI": "%s/%s" % (exchange.path, name),
                    "collection": "DICOM", "file_tags": "", "file_format": "DICOM",
                    "file_content": "RAW", "cat_ID": "1", "digest": file.sha256[:32]}
@@ -2250,17 +2372,23 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Loopback only; quiet; its threads never keep the process."""
+    """Loopback only, unless it is given a socket; quiet; its threads never keep the process."""
     daemon_threads = True
     block_on_close = False
     request_queue_size = 256
     xnat: "Standin"
     tls: Optional[ssl.SSLContext] = None
 
-    def __init__(self, port: int, receive_buffer: int) -> None:
+    def __init__(self, port: int, receive_buffer: int,
+                 listener: Optional[socket.socket] = None) -> None:
         self._receive_buffer = receive_buffer
         self._open: Set[socket.socket] = set()
-        super().__init__(("127.0.0.1", port), Handler)
+        self.connections = 0
+        super().__init__(("127.0.0.1", port), Handler, bind_and_activate=listener is None)
+        if listener:
+            self.socket.close()
+            self.socket = listener
+            self.server_name, self.server_port = listener.getsockname()
 
     def server_bind(self) -> None:
         """As HTTPServer does, without asking the DNS for the machine's name."""
@@ -2278,6 +2406,7 @@ class Server(ThreadingHTTPServer):
             connection = self.tls.wrap_socket(connection, server_side=True,
                                               do_handshake_on_connect=False)
         self._open.add(connection)
+        self.connections += 1
         return connection, address
 
     def shutdown_request(self, request: Any) -> None:
@@ -2340,7 +2469,7 @@ class Standin:
     def __init__(self, *, port: int = 0, context_path: str = "",
                  tls: Optional[Tuple[str, str]] = None, users: Optional[Iterable[User]] = None,
                  projects: Optional[Iterable[Project]] = None, faults: Iterable[Fault] = (),
-                 **knobs: Any) -> None:
+                 listener: Optional[socket.socket] = None, **knobs: Any) -> None:
         self.knobs = Knobs(**knobs)
         self.context_path = context_path.rstrip("/")
         self.changed = threading.Condition()  # the one lock; notified whenever anything happens
@@ -2356,25 +2485,52 @@ class Standin:
         self._abuses: List[str] = []
         self._importing: Dict[int, Dict[str, Set[str]]] = {}  # request -> row uri -> files written
         self._windows: List[Window] = []
-        self._server = Server(port, 64 * 1024 if self.knobs.rate else 0)
-        self._server.xnat = self
+        self._tls: Optional[ssl.SSLContext] = None
         if tls:
-            self._server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._server.tls.load_cert_chain(*tls)
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(*tls)
+        self._listen(port, listener)
         self.port = self._server.server_port
-        self.url = "%s://127.0.0.1:%d%s" % ("https" if tls else "http", self.port,
-                                            self.context_path)
+        self.url = "%s://%s:%d%s" % ("https" if tls else "http", self._server.server_name,
+                                     self.port, self.context_path)
+
+    def _listen(self, port: int, listener: Optional[socket.socket] = None) -> None:
+        """Take the port, or a socket that listens in a network of its own; connections wait until
+        somebody serves."""
+        self._server = Server(port, 64 * 1024 if self.knobs.rate else 0, listener)
+        self._server.xnat, self._server.tls = self, self._tls
+
+    def _serve(self) -> None:
+        """Answer what comes to the port."""
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def _hang_up(self) -> None:
+        """Leave the port, and all connections."""
+        self._server.shutdown()
+        self._server.close_all()
+        self._server.server_close()
 
     def __enter__(self) -> "Standin":
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self._serve()
         threading.Thread(target=self._idle_thread, daemon=True).start()
         return self
 
     def __exit__(self, kind: Optional[Type[BaseException]], value: Any, trace: Any) -> None:
         self._stopping.set()
-        self._server.shutdown()
-        self._server.close_all()
-        self._server.server_close()
+        self._hang_up()
+
+    @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """Killed, and started again at the end: nobody listens, all logins are forgotten, what
+        is on disk stays. Work that was under way comes to its end unheard."""
+        self._hang_up()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.accounts.sessions.clear()
+            self._listen(self.port)
+            self._serve()
 
     def pause(self, seconds: float) -> None:
         """Sleep, unless the stand-in is being closed."""
@@ -2397,6 +2553,11 @@ class Standin:
         """All requests so far, in the order they began."""
         with self.changed:
             return list(self._log.values())
+
+    @property
+    def connections(self) -> int:
+        """How many connections were opened; a client may keep one for many requests."""
+        return self._server.connections
 
     @property
     def abuses(self) -> List[str]:
