@@ -73,7 +73,7 @@ from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Option
 from urllib.parse import quote, urlencode, urlsplit
 
 VERSION = "1.0"
-ABOUT, LAYOUT, EXAMPLES, STATUSES, _ = __doc__.split("\n\n")  # for --help and for messages
+ABOUT, LAYOUT, EXAMPLES, STATUSES, _ = (__doc__ or "\n\n" * 4).split("\n\n")  # for --help
 ALL_THERE, SOME_FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 3
 
 
@@ -420,7 +420,7 @@ def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: Li
 
 def unreadable(error: OSError) -> str:
     """The same words for every file or folder that the system refuses to show."""
-    known = {errno.EACCES: "cannot be read: give yourself read permission",
+    known = {errno.EACCES: f"cannot be read ({error.strerror}): give yourself read permission",
              errno.ENOENT: "does not exist: check the name or link",
              errno.ELOOP: "is a link that goes round in circles: mend it",
              errno.ENOTDIR: "is a file: give a folder", errno.EISDIR: "is a folder: give a file"}

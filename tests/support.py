@@ -85,6 +85,12 @@ def missing(test: unittest.TestCase, reason: str) -> None:
     test.skipTest(reason)
 
 
+def variation(test: Any) -> Any:
+    """A test whose neighbour tests the same way through the program: it waits for a full run."""
+    return unittest.skipUnless(os.environ.get("DICOMUPLOAD_TEST_ALL") == "1",
+                               "a variation: runs with DICOMUPLOAD_TEST_ALL=1")(test)
+
+
 class UploadTest(unittest.TestCase):
     """A test with a folder of its own, and the real command run in it."""
 
@@ -237,3 +243,12 @@ def is_slow(test: unittest.TestCase) -> bool:
 def load_tests(_: Any, tests: unittest.TestSuite, __: Any) -> unittest.TestSuite:
     """unittest asks for the tests of this module."""
     return SideBySide([tests])
+
+
+def load_all(loader: unittest.TestLoader) -> unittest.TestSuite:
+    """All modules; those that may go side by side in one crowd, so that no core waits."""
+    crowd, others = [], []
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        tests = loader.loadTestsFromName(f"tests.{path.stem}")
+        (crowd if isinstance(tests, SideBySide) else others).append(tests)
+    return unittest.TestSuite([SideBySide(crowd), *others])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple, Union
 
 from tests.dicom import digests, uid, write_series
-from tests.support import Ran, UploadTest, slow
+from tests.support import Ran, UploadTest, slow, variation
 from tests.support import load_tests as load_tests  # rows mostly wait: several at a time
 from tests.xnat_standin import Fault, Request, Session, Standin, User
 
@@ -442,6 +442,16 @@ ROWS = [
 ]
 
 
+# Rows beside a row that goes the same way through the program.
+VARIATIONS = re.compile(
+    "a 400 that says (?!Concurrent file)|a 50[23] heals|a 503 with Retry|a 429 (whose|without)|"
+    "a 502 after|a 408 while|a 413 before|a reset before|a hang-up|an alias's other|"
+    "a login (without|that is (reset|not|redirected))|a version that (fails|a proxy|is a page)|"
+    "a project (that is a page|without)|a right that fails|a login refused at|"
+    "a commit (done, then|not done,) 50[23]|a commit whose answer was cut|"
+    "a conflict with the same images(,| by)|XNAT 1.(8.2|9.2)|a 503 below")
+
+
 class TheFaultTable(FaultTest):
 
     def play(self, row: Row) -> None:
@@ -487,6 +497,7 @@ def as_test(row: Row) -> Callable[[TheFaultTable], None]:
     def test(self: TheFaultTable) -> None:
         self.play(row)
 
+    test = variation(test) if VARIATIONS.match(row.name) else test
     return slow(test) if "slow" in row.name else test
 
 

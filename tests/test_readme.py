@@ -8,6 +8,7 @@ from pathlib import Path
 from tests import picture
 from tests.dicom import README_TREE, readme_tree
 from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest
+from tests.support import load_tests as load_tests  # several at a time
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -370,7 +370,7 @@ class WhatIsShown(AnswerTest):
     def test_on_a_terminal_the_line_moves_within_a_series(self) -> None:
         self.tree(A, files=4)
         master, slave = self.terminal()
-        with self.xnat() as server:
+        with self.xnat(seconds_per_file=0.6) as server:
             process = self.start(self.arguments(server.url, "--max-files", "1"),
                                  {"TERM": "xterm"}, stderr=slave)
             os.close(slave)

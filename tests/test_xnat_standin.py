@@ -23,6 +23,7 @@ from urllib.parse import urlencode, urlsplit
 
 from tests import xnat_standin
 from tests.dicom import README_TREE, dicom_file, dicomdir_file, digests, readme_tree, uid
+from tests.support import load_tests as load_tests  # they mostly wait: several at a time
 from tests.xnat_standin import Fault, Project, Standin, User
 
 TOP = Path(__file__).resolve().parent.parent
