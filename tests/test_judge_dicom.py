@@ -359,7 +359,8 @@ class WhatDcmftestSays(JudgeTest):
         theirs = self.dcmftest(sorted(every))
         found = {name: (name in theirs, name in ours) for name in every
                  if (name in theirs) != (name in ours)}
-        rows = [row for row in DISAGREEMENTS if (self.series / row.files.partition("/")[0]).is_dir()]
+        rows = [row for row in DISAGREEMENTS
+                if (self.series / row.files.partition("/")[0]).is_dir()]
         told = {name: (row.dcmftest, row.ours) for row in rows for name in every
                 if fnmatch.fnmatchcase(name, row.files)}
         self.assertEqual(found, told)
