@@ -24,7 +24,7 @@ import time
 import traceback
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 from unittest import mock
 
 import dicomUpload
@@ -637,12 +637,34 @@ class Fuzz(FuzzTest):
         self.play("answers")
 
 
-class Found(NamedTuple):
-    """A seed that was lost."""
+class WhatItFound(FuzzTest):
+    """What was once found, the smallest way to see it."""
 
-    game: str
-    seed: int
-    text: str
+    def two_files(self) -> None:
+        write_series(self.root / "007" / "pre" / "S_0001", study=uid("found"), files=2)
+
+    def test_a_version_number_without_end_is_no_version(self) -> None:
+        self.two_files()
+        body = b'{"version": "1.8.%s"}' % (b"9" * 5000)  # Python reads no such number
+        with self.xnat(faults=[Fault("answer", "buildInfo", status=200, body=body)]) as server:
+            self.assertEqual(self.upload(server).status, 0)
+
+    def test_a_count_that_is_no_number_is_not_believed(self) -> None:
+        self.two_files()
+        for count in "\u00b2", "9" * 5000, "-2", "2.0":  # a raised 2 is a digit, but no number
+            with self.subTest(count[:9]), self.xnat() as server:
+                server.fail("answer", r"GET .*/resources\?", status=200, body=(
+                    ROW % '{"label": "DICOM", "file_count": "%s"}' % count).encode())
+                ran = self.upload(server, "--workdir", str(self.folder / count[:9]))
+                self.assertEqual(ran.status, 0, ran.text)
+                self.assertIn("2 files verified", ran.out)
+
+    def test_a_rate_beyond_all_numbers_is_refused(self) -> None:
+        self.two_files()
+        ran = self.run_command(self.arguments("http://127.0.0.1:1", "--dry-run", "--limit-rate",
+                                              "9" * 400))
+        self.assertEqual(ran.status, 2, ran.text)
+        self.assertIn("--limit-rate", ran.err)
 
 
 def main(seconds: float, first: int, games: List[str]) -> int:
