@@ -408,8 +408,8 @@ def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: Li
     regular = entry.is_file() and info.st_size  # a FIFO would make us wait for ever
     if not regular or not is_dicom(first_bytes(entry.path), info.st_size):
         junk.append(name)
-    elif "\n" in name or "\r" in name:  # zip is given the names a line each
-        problems.append(f"{name} has a line break in its name: rename it, then run again")
+    elif re.search(r"[\n\r\x7f]", name):  # zip takes a line each, and spoils the zip with a DEL
+        problems.append(f"{name} has a line break or DEL in its name: rename it, then run again")
     elif not is_utf8(name):  # Java refuses the whole zip for it (xnat.md 3)
         problems.append(f"{name} has a name that is not UTF-8: rename it, then run again")
     elif re.search(r"\.(zip|tar|tgz|gz)$", name, re.IGNORECASE):  # XNAT would unpack it (xnat.md 3)
@@ -925,7 +925,7 @@ class Xnat:
 
     def takes_side_by_side(self) -> bool:
         """Whether series of one session may go at the same time: since 1.8.8 (XNAT-7535)."""
-        return [int(number) for number in re.findall(r"\d+", self.version)[:3]] >= [1, 8, 8]
+        return [int(number) for number in re.findall(r"[0-9]{1,9}", self.version)[:3]] >= [1, 8, 8]
 
     def close(self) -> None:
         """Give the server session back: a user has a limited number of them."""
@@ -1142,7 +1142,7 @@ class Xnat:
             for row in (self.rows(folder) or []) if rows is None else rows:
                 if row.get("label") in ("DICOM", "secondary"):
                     count = row.get("file_count", "")
-                    if not count.isdigit():  # an old catalog without statistics
+                    if not re.fullmatch("[0-9]{1,9}", count):  # an old catalog without statistics
                         count = str(len(self.rows(f"{folder}/{row['label']}/files") or []))
                     total += int(count)
         return total
@@ -2159,7 +2159,7 @@ def no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 def bytes_per_second(text: str) -> int:
     """5M, 500k or plain bytes per second. Raises Stop(2) for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kmg]?)", text.lower())
     value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
     return value or refuse(f"--limit-rate {text}", "give bytes per second, such as 500k or 5M")
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tarfile
@@ -504,6 +505,24 @@ class HowAZipIsRead(Case):
         self.assertEqual(self.send(files).status, 200)
         self.assertEqual({(file.scan, file.description) for file in self.xnat.files("007_pre")},
                          {(str(number), "D%d" % number) for number in range(1, 5)})
+
+    def test_a_bare_data_set_in_the_other_byte_order_is_read(self) -> None:
+        def element(number: int, vr: bytes, value: bytes) -> bytes:
+            return b"\0\x08" + struct.pack(">H", number) + vr + struct.pack(
+                ">H", len(value)) + value
+
+        image = xnat_standin.read_image(
+            element(0x05, b"CS", b"ISO_IR 192") + element(0x16, b"UI", b"1.2.3\0") +
+            element(0x18, b"UI", b"2.25.7\0\0"))
+        self.assertEqual((image.sop_class, image.sop_instance), ("1.2.3", "2.25.7"))
+
+    def test_a_copy_of_each_posted_file_is_kept_where_that_is_asked_for(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.start(keep=folder)
+            self.assertEqual(self.send(images(2)).status, 200)
+            (request, copy), = self.xnat.kept()
+            with zipfile.ZipFile(str(copy)) as archive:
+                self.assertEqual(tuple(archive.namelist()), request.entries)
 
     def test_sequences_of_undefined_length_are_stepped_over(self) -> None:
         whole = dicom_file(study=STUDY, series=uid(1), number=7)

@@ -24,6 +24,7 @@ import io
 import json
 import re
 import secrets
+import shutil
 import signal
 import socket
 import ssl
@@ -41,6 +42,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import (IO, Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping,
                     NamedTuple, Optional, Set, Tuple, Type, Union)
 from urllib.parse import parse_qsl, unquote
@@ -91,6 +93,7 @@ class Knobs:
     drain: bool = False               # take the bytes, read only the first file: for benchmarks
     route_by_header: bool = False     # an unknown project: StudyDescription may name one
     snapshots: bool = False           # archived scans have a SNAPSHOTS resource too
+    keep: str = ""                    # a folder that gets each file of a form, for other judges
     reject: Union[Collection[str], Callable[[str], bool]] = ()  # series XNAT's filter throws away
 
 
@@ -777,6 +780,8 @@ def read_image(head: bytes) -> Image:
     elif head[:2] in (b"\2\0", b"\10\0") and (
             head[4:6] in ALL_VRS or len(head) > 8 and head[6:8] == b"\0\0"):
         at = 0
+    elif head[:2] in (b"\0\2", b"\0\10") and head[4:6] in ALL_VRS:
+        at = 0  # dcm4che looks the first tag up in both orders
     else:
         raise ValueError("not a DICOM stream")
     try:
@@ -794,7 +799,8 @@ def _read_from(head: bytes, at: int) -> Image:
             syntax = head[start:end].rstrip(b"\0 ")
     if syntax == b"1.2.840.10008.1.2.1.99":
         head, at = zlib.decompressobj(-15).decompress(head[at:], HEAD), 0
-    order = ">" if syntax == b"1.2.840.10008.1.2.2" else "<"
+    turned = not at and head[:2] in (b"\0\2", b"\0\10")  # no meta elements told of it
+    order = ">" if turned or syntax == b"1.2.840.10008.1.2.2" else "<"
     data_set = DataSet(head, order, head[at + 4:at + 6] in ALL_VRS)
     found: Dict[str, str] = {}
     while at < len(head):
@@ -1180,6 +1186,7 @@ class Import:
         self.exchange.params = {**form.fields, **self.exchange.params}  # the query wins
         if form.files:
             self.exchange.file_name, self.file = form.files[0]
+            self.xnat.keep(self.exchange, self.file)
             self.stream = Stream(lambda: form.files[0][1].read(PIECE))
         if "reference" in form.fields or not form.files:
             raise XnatError(400, "Unable to identify upload format.")
@@ -2598,6 +2605,18 @@ class Standin:
             self.store.archived_by_idle.clear()
 
     # -- for tests: what is there
+
+    def keep(self, exchange: Exchange, file: IO[bytes]) -> None:
+        """Keep a copy of a posted file, if that is asked for."""
+        if self.knobs.keep:
+            with open("%s/%d.zip" % (self.knobs.keep, exchange.number), "wb") as copy:
+                shutil.copyfileobj(file, copy)
+            file.seek(0)
+
+    def kept(self) -> List[Tuple[Request, Path]]:
+        """The import POSTs that came with a file, and where the copy of each is."""
+        copies = [(each, Path(self.knobs.keep, "%d.zip" % each.number)) for each in self.imports()]
+        return [(request, copy) for request, copy in copies if copy.exists()]
 
     @property
     def archive(self) -> Dict[Tuple[str, str], Session]:
