@@ -64,7 +64,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from queue import Empty, SimpleQueue
@@ -209,6 +209,30 @@ class Part:
     def room(self) -> int:
         """Bytes that its zip never exceeds, about."""
         return zip_room(self.bytes, self.stop - self.start)
+
+
+class Turn:
+    """A part's place in its series: it is packed after the one before it, and posted after that
+    one is sent. (Packed in order, or one that waits could keep the disk from one that is waited
+    for.)
+    """
+
+    def __init__(self, before: Optional[Turn]) -> None:
+        self.before = before
+        self.packed = threading.Event()
+        self.over = threading.Event()
+        self.sent = False
+
+    def end(self) -> None:
+        self.before = None
+        self.packed.set()
+        self.over.set()
+
+    def comes(self) -> bool:
+        """Wait for the part before; whether it is sent."""
+        if self.before:
+            self.before.over.wait()
+        return not self.before or self.before.sent
 
 
 @dataclass(frozen=True)
@@ -1003,12 +1027,10 @@ class Xnat:
 
     # One part
 
-    def send(self, part: Part, workdir: Workdir, address: str,
-             before: Optional[Future[Any]] = None) -> Outcome:
+    def send(self, part: Part, workdir: Workdir, address: str, turn: Turn) -> Outcome:
         """Pack one part and POST it until it is sent, refused or out of tries (xnat.md 1, 2).
 
-        `address` is where the session's earlier parts lie; it is posted only after the part
-        `before` it in its series is sent.
+        `address` is where the session's earlier parts lie.
         """
         session = part.session
         query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
@@ -1019,17 +1041,21 @@ class Xnat:
         files = part.series.listing()[part.start:part.stop]
         total = sum(length for _, length, _ in files)
         try:
+            if turn.before:
+                turn.before.packed.wait()
             with workdir.room_for(files) as zipped, self.teller.at_work(
                     f"{session.label} {part.series.name}", len(files), total) as moved:
                 pack(part.series, files, zipped, self.settings.compression, self.programs)
                 zip_size = os.path.getsize(zipped)
-                if before and not getattr(before.result(), "address", ""):
+                turn.packed.set()
+                if not turn.comes():
                     return Outcome(message="an earlier part of it was not sent")
                 answer, verdict, tries = self.ask_until(
                     f"{session.label} {part.series.name}",
                     lambda: self.ask("POST", "/data/services/import", query, zipped, moved=moved),
                     lambda answer: self.judge_part(answer, part))
                 moved(1.0 if verdict.address else 0.0)
+                turn.sent = bool(verdict.address)
                 if answer.status in (413, 504):  # a proxy's limits: how big was it?
                     message = (f"{said(answer)}, for a zip of {size(zip_size)} with "
                                f"{plural(len(files), 'file')}: {remedy(answer)}")
@@ -1039,6 +1065,8 @@ class Xnat:
                                bool(away) and not self.settled(address))
         except (Trouble, OSError) as trouble:
             return Outcome(message=str(trouble))
+        finally:
+            turn.end()
 
     # A whole session
 
@@ -1249,8 +1277,9 @@ def remedy(answer: Answer) -> str:
 
 
 def two_studies(kind: str, addresses: List[str]) -> str:
-    return (f"two studies in one {kind} folder, XNAT made two sessions ({', '.join(addresses)}): "
-            "sort the folder by study, delete what is wrong in the prearchive, then run again")
+    return (f"two studies in one {kind} folder, or another run sends the same session; XNAT made "
+            f"two sessions ({', '.join(addresses)}): sort the folder by study, or let that run end; "
+            "delete what is wrong in the prearchive, then run again")
 
 
 SOP_INSTANCE = re.compile(
@@ -1397,7 +1426,7 @@ class Tally:
     status: str = ""  # '' while on its way; sent, not sent, already there, left out, no DICOM
     message: str = ""
     jobs: int = 0  # parts that are packed or posted now
-    last: Optional[Future[Any]] = None  # of these jobs
+    last: Optional[Turn] = None  # of these jobs
     files: int = 0
     zipped: int = 0  # bytes
     started: float = 0.0
@@ -1568,26 +1597,24 @@ class Run:
         alone = not self.waiting and len(self.active) == 1 and waiting > self.settings.procs > 1
         quick = alone and not journey.jobs and self.xnat.takes_side_by_side()
         part = journey.next_part(tally, quick)
-        address, before = journey.memory.address, tally.last if tally.jobs else None
+        address, turn = journey.memory.address, Turn(tally.last if tally.jobs else None)
         tally.jobs += 1
+        tally.last = turn
         tally.started = tally.started or time.monotonic()
-        tally.last = self._submit(
-            journey, lambda: self.xnat.send(part, self.workdir, address, before),
-            lambda journey, outcome: self._sent(journey, tally, part, outcome))
+        self._submit(journey, lambda: self.xnat.send(part, self.workdir, address, turn),
+                     lambda journey, outcome: self._sent(journey, tally, part, outcome))
 
     def _submit(self, journey: Journey, work: Callable[[], Any],
-                then: Callable[[Journey, Any], None]) -> Future[Any]:
-        def job() -> Any:
+                then: Callable[[Journey, Any], None]) -> None:
+        def job() -> None:
             try:
-                result = work()
+                self.done.put((journey, then, work()))
             except BaseException as error:  # the main thread decides
-                result = error
-            self.done.put((journey, then, result))
-            return result
+                self.done.put((journey, then, error))
 
         self.jobs += 1
         journey.jobs += 1
-        return self.pool.submit(job)
+        self.pool.submit(job)
 
     def _take(self, journey: Journey, then: Callable[[Journey, Any], None], result: Any) -> None:
         """Take in the end of a job."""
@@ -2087,10 +2114,10 @@ def check(given: argparse.Namespace) -> None:
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
-    for name, least, most in (("procs", 1, 9999), ("max_files", 1, 999_999), ("compression", 0, 9),
+    for name, least, most in (("procs", 1, 9999), ("max_files", 1, 999_999_999), ("compression", 0, 9),
                               ("retries", 0, 9999), ("timeout", 1, 999_999)):
         text = str(getattr(given, name))
-        if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
             refuse(f"--{name.replace('_', '-')}", f"give a whole number from {least} to {most}")
         setattr(given, name, int(text))
     for pattern in given.only:
