@@ -64,7 +64,7 @@ class Containers(UploadTest):
 
     def setUp(self) -> None:
         super().setUp()
-        for tool in ("podman", "buildah", "runc", "debootstrap"):
+        for tool in ("podman", "runc", "catatonit", "debootstrap"):
             need(self, tool)
         if os.geteuid() != 0:
             missing(self, "only root can make the base and start containers here")
