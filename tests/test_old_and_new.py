@@ -85,7 +85,8 @@ NOT_ON_MACOS: List[Tuple[str, str]] = [
     (r"\bgrep -\w*P", "grep -P x"),
     (r"\bdate -\w*[dI]|\bdate --", "date -d now"),
     (r"\bstat -c|\bstat --", "stat -c %s x"),
-    (r"(?<![\w-])(cp|mv|rm|ls|mkdir|ln|cat|tail|head|sort|mktemp|du|df|tr|cut|wc|id) --[a-z]", "cp --link"),
+    (r"(?<![\w-])(cp|mv|rm|ls|mkdir|ln|cat|tail|head|sort|mktemp|du|df|tr|cut|wc|id) --[a-z]",
+     "cp --link"),
     (r"\bmktemp -\w*p|\bxargs -\w*[rd]|\bsort -\w*V|\bhead -n ?-|\bcp -\w*[at]", "head -n -1"),
     (r"\bfind\b.* -(printf|regextype|maxdepth=)", "find . -printf x"),
 ]
@@ -157,7 +158,8 @@ class OldCurl(UploadTest):
 
     def test_the_program_names_no_option_that_neither_it_nor_curl_7_61_has(self) -> None:
         text = SCRIPT.read_text(encoding="utf-8")
-        own = set(re.findall(r"--([a-z-]+)", self.run_command([sys.executable, str(SCRIPT), "-h"]).out))
+        shown = self.run_command([sys.executable, str(SCRIPT), "--help"]).out
+        own = set(re.findall(r"--([a-z-]+)", shown))
         named = set(re.findall(r'"--([a-z][a-z0-9.-]+)"', text))
         self.assertIn("suppress-connect-headers", named)
         self.assertEqual(named - own - CURL_7_61, set())
