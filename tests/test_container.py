@@ -222,8 +222,10 @@ class TheWrapper(Containers):
         if caller:  # root's settings are none of theirs
             for name in self.variables:
                 del environment[name]
-        return self.start([str(self.folder / "runuploadDocker.sh"), *words], environment,
-                          env=environment, preexec_fn=become_the_caller)
+        process = self.start([str(self.folder / "runuploadDocker.sh"), *words], environment,
+                             env=environment, preexec_fn=become_the_caller)
+        self.addCleanup(self.end_containers)  # before `start` waits for what they print
+        return process
 
     def run_wrapper(self, server: Standin, *words: str, **more: Any) -> Ran:
         process = self.start_wrapper(server, *words, **more)
