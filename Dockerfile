@@ -14,7 +14,7 @@ LABEL org.opencontainers.image.title="dicomUpload" \
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
       ca-certificates curl python-is-python3 python3 zip \
- && rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/* /var/cache/debconf/* /var/log/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/log/* \
  && mkdir /dicom /input \
  && mkdir -m 1777 /work
 

@@ -427,13 +427,13 @@ class Linted(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout.decode()), (0, ""))
 
     def test_shellcheck_finds_nothing_in_the_scripts(self) -> None:
-        self.lint("shellcheck", UPLOAD.name, DOCKER.name, ".ci/run")
+        self.lint("shellcheck", UPLOAD.name, DOCKER.name, ".ci/run", ".ci/image")
 
     def test_hadolint_finds_nothing_in_the_dockerfile(self) -> None:
         self.lint("hadolint", "Dockerfile")
 
 
-# The image itself, built and run, is tested in a module of its own: it needs podman.
+# The image itself, built and run, is tested in tests/test_container.py: it needs podman.
 
 if __name__ == "__main__":
     unittest.main()
