@@ -89,7 +89,9 @@ class Slices(ManyRuns):
                         self.start(self.in_workdir(server, "w2", "--only", "s*"))]
                 for run in runs:
                     out, err = run.communicate(timeout=60)
-                    self.assertEqual((run.returncode, err), (0, ""), out)
+                    self.assertEqual(run.returncode, 0, out + err)
+                    told = [line for line in err.splitlines() if ": PASS: " not in line]
+                    self.assertEqual(told, [], out)
                     self.assertIn("All is there.", out)
                 self.assertEqual(archived(server), at_once)
                 self.assertEqual(server.prearchive, [])
@@ -113,11 +115,12 @@ class Slices(ManyRuns):
         with Standin(seconds_per_file=0.01) as server:
             runs = [self.start(self.in_workdir(server, name)) for name in ("w1", "w2")]
             told = [run.communicate(timeout=60)[0] for run in runs]
-            self.assertEqual(sorted(run.returncode for run in runs), [0, 1], told)
             self.assertEqual(archived(server), wanted)
-            loser = next(out for out, run in zip(told, runs) if run.returncode)
-            self.assertIn("Not there: 007_pre", loser)
-            self.assertRegex(loser, "another (run|upload)|XNAT has these files")
+            # Where they meet decides: the slower one may find all of it archived, and be right.
+            self.assertIn(sorted(run.returncode for run in runs), ([0, 0], [0, 1]), told)
+            for loser in (out for out, run in zip(told, runs) if run.returncode):
+                self.assertIn("Not there: 007_pre", loser)
+                self.assertRegex(loser, "another run|XNAT has these files")
 
     def test_a_session_of_which_another_run_archived_the_half_is_archived_once_and_told(
             self) -> None:
