@@ -2114,8 +2114,8 @@ def check(given: argparse.Namespace) -> None:
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
-    for name, least, most in (("procs", 1, 9999), ("max_files", 1, 999_999_999), ("retries", 0, 9999),
-                              ("compression", 0, 9), ("timeout", 1, 999_999)):
+    for name, least, most in (("procs", 1, 9999), ("max_files", 1, 999_999_999),
+                              ("compression", 0, 9), ("retries", 0, 9999), ("timeout", 1, 999_999)):
         text = str(getattr(given, name))
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
             refuse(f"--{name.replace('_', '-')}", f"give a whole number from {least} to {most}")

@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "dicomUpload.py"
 EXCLUSIONS = ROOT / "Exclusions.json"
 WIDTH = 8  # tests at a time, where a module asks for it
+# .ci/run plays what depends on no Python (modules with ONCE, variations) on its first one only.
+AGAIN = os.environ.get("DICOMUPLOAD_TEST_ONCE") == "done"
+WHOLE = os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not AGAIN
 
 
 class Ran(NamedTuple):
@@ -87,8 +90,7 @@ def missing(test: unittest.TestCase, reason: str) -> None:
 
 def variation(test: Any) -> Any:
     """A test whose neighbour tests the same way through the program: it waits for a full run."""
-    return unittest.skipUnless(os.environ.get("DICOMUPLOAD_TEST_ALL") == "1",
-                               "a variation: runs with DICOMUPLOAD_TEST_ALL=1")(test)
+    return unittest.skipUnless(WHOLE, "a variation: runs with DICOMUPLOAD_TEST_ALL=1")(test)
 
 
 class UploadTest(unittest.TestCase):
@@ -250,5 +252,7 @@ def load_all(loader: unittest.TestLoader) -> unittest.TestSuite:
     crowd, others = [], []
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         tests = loader.loadTestsFromName(f"tests.{path.stem}")
+        if AGAIN and getattr(sys.modules.get(f"tests.{path.stem}"), "ONCE", False):
+            continue
         (crowd if isinstance(tests, SideBySide) else others).append(tests)
     return unittest.TestSuite([SideBySide(crowd), *others])

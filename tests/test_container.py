@@ -26,6 +26,8 @@ from tests.dicom import digests, readme_tree, uid, write_series
 from tests.support import EXCLUSIONS, ROOT, Ran, UploadTest, missing, need, sealed_environment
 from tests.xnat_standin import Standin
 
+ONCE = True  # the Python that it runs on makes no difference
+
 IMAGE = "aacazxnat/dicomupload:0.1"
 CALLER = 4242  # somebody whom the system does not know, and who may nothing
 IMPORT = "POST /data/services/import"

@@ -29,10 +29,10 @@ from unittest import mock
 
 import dicomUpload
 from tests.dicom import dicom_file, dicomdir_file, uid, write_series
-from tests.support import Ran, UploadTest
+from tests.support import WHOLE, Ran, UploadTest
 from tests.xnat_standin import Fault, Standin
 
-LONG = 3 if os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" else 1
+LONG = 3 if WHOLE else 1
 SECONDS = {"trees": 1.5 * LONG, "configs": 0.5 * LONG, "answers": 1.5 * LONG}
 GOOD = "0/s/G_0001"  # each tree has this series: it is never one without any
 

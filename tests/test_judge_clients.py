@@ -23,6 +23,8 @@ A, B, C = "007/pre/A_0001", "007/pre/B_0002", "008/pre/C_0003"
 # Each script has `url`, `given` (a list of words) and `tell` (prints the answer as JSON).
 START = """
 import json, sys, types
+
+ONCE = True  # the Python that it runs on makes no difference
 url, *given = sys.argv[1:]
 def tell(value):
     print("ANSWER " + json.dumps(value))

@@ -29,6 +29,8 @@ from tests.support import UploadTest, missing, need, sealed_environment
 from tests.test_real_data import case001
 from tests.xnat_standin import Image, Standin, read_image
 
+ONCE = True  # the Python that it runs on makes no difference
+
 
 class Disagreement(NamedTuple):
     """Files (a glob on their paths) of which dcmftest and the uploader think differently."""

@@ -30,6 +30,8 @@ from tests.support import load_tests as load_tests  # these mostly wait: all at 
 from tests.test_signals_and_disk import RunningTest, until
 from tests.xnat_standin import Standin
 
+ONCE = True  # the Python that it runs on makes no difference
+
 NUMBERS = itertools.count(1)
 HERE, THERE = "192.0.2.1", "192.0.2.2"  # both only in the networks made here
 CLONE_NEWNET = 0x40000000

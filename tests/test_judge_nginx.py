@@ -18,6 +18,8 @@ from tests.test_fault_table import AGAIN, FaultTest
 from tests.test_signals_and_disk import until
 from tests.xnat_standin import Standin
 
+ONCE = True  # the Python that it runs on makes no difference
+
 # Each is a port of its own: whether it speaks TLS, and what else is said of it.
 LISTENERS: Dict[str, Tuple[str, str]] = {
     "good": ("good", "client_max_body_size 0;"),

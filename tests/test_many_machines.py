@@ -19,6 +19,8 @@ from tests.support import ROOT, SCRIPT, Ran, UploadTest, missing, need
 from tests.test_container import IMAGE, Containers
 from tests.xnat_standin import Standin
 
+ONCE = True  # the Python that it runs on makes no difference
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SLICES = 10
 # What a shell, a glob or the program itself could take for something else.

@@ -14,6 +14,8 @@ from typing import Iterator, List, Set, Tuple
 from tests.dicom import readme_tree
 from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest, need
 
+ONCE = True  # the Python that it runs on makes no difference
+
 # The long options of curl 7.61 that have to do with HTTP, TLS or no protocol: names from curl's
 # docs/options-in-versions; --include is --show-headers there, which is its name since 8.10.
 CURL_7_61 = set("""

@@ -23,6 +23,8 @@ from tests.test_fault_table import HEALING
 from tests.test_signals_and_disk import RunningTest as _RunningTest
 from tests.xnat_standin import Fault, Standin
 
+ONCE = True  # the Python that it runs on makes no difference
+
 SESSIONS = 40
 FAULTS = 30
 RUNS = 12       # by then it must have ended with 0

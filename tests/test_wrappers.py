@@ -37,6 +37,8 @@ SETTINGS = {
 RECORDER = """#!{python} -I
 import json, os, signal, sys
 
+ONCE = True  # the Python that it runs on makes no difference
+
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 answers = {{"--version": "{version}", "image": "{title}"}}
 if name in ("docker", "podman") and words and words[0] in answers:
