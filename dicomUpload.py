@@ -2122,11 +2122,11 @@ def check(given: argparse.Namespace) -> None:
         setattr(given, name, int(text))
     for pattern in given.only:
         if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
-            refuse(f"--only {pattern}", "is neither subject nor subject/session")
+            refuse(f"--only {pattern}", "is neither subject nor subject/session: give one of these")
     if given.cacert is not None and not os.path.isfile(given.cacert):
         refuse(f"--cacert {given.cacert}", "is no file: give the CA's certificate in PEM form")
     if os.sep in given.logname:
-        refuse(f"--logname {given.logname}", "is no plain name: the folder is --workdir's")
+        refuse(f"--logname {given.logname}", "is no plain name: give the folder as --workdir")
     try:
         os.scandir(given.rootdir).close()
     except OSError as error:
