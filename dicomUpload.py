@@ -212,20 +212,20 @@ class Part:
 
 
 class Turn:
-    """A part's place in its series: it is packed after the one before it, and posted after that
-    one is sent. (Packed in order, or one that waits could keep the disk from one that is waited
-    for.)
+    """A part's place in its series: it takes room on the disk after the one before it, and is
+    posted after that one is sent. (Else one that waits could keep the room from one that is
+    waited for.)
     """
 
     def __init__(self, before: Optional[Turn]) -> None:
         self.before = before
-        self.packed = threading.Event()
+        self.has_room = threading.Event()
         self.over = threading.Event()
         self.sent = False
 
     def end(self) -> None:
         self.before = None
-        self.packed.set()
+        self.has_room.set()
         self.over.set()
 
     def comes(self) -> bool:
@@ -1042,12 +1042,12 @@ class Xnat:
         total = sum(length for _, length, _ in files)
         try:
             if turn.before:
-                turn.before.packed.wait()
+                turn.before.has_room.wait()
             with workdir.room_for(files) as zipped, self.teller.at_work(
                     f"{session.label} {part.series.name}", len(files), total) as moved:
+                turn.has_room.set()
                 pack(part.series, files, zipped, self.settings.compression, self.programs)
                 zip_size = os.path.getsize(zipped)
-                turn.packed.set()
                 if not turn.comes():
                     return Outcome(message="an earlier part of it was not sent")
                 answer, verdict, tries = self.ask_until(
@@ -1160,19 +1160,24 @@ class Xnat:
 
     def count(self, path: str) -> Optional[int]:
         """DICOM files that the server counts in a built session, None if it is not there."""
-        scans = self.rows(path + "/scans")
+        # One request for all scans, where the server knows that way and forgets none.
+        everything = "/resources" if "/prearchive/" in path else "/scans/ALL/resources"
+        scans, rows = map(table, self.ask_once(path + "/scans", path + everything))
+        scans = self.rows(path + "/scans") if scans is None else scans
         if scans is None:
             return None
-        folders = [f"{path}/scans/{quote(scan.get('id', ''), safe='')}/resources" for scan in scans]
+        names = [scan.get("id", "") for scan in scans]
+        folders = {name: f"{path}/scans/{quote(name, safe='')}/resources" for name in names}
+        if rows is None or not set(folders) <= {row.get("cat_id", "") for row in rows}:
+            rows = [dict(row, cat_id=scan) for scan, folder in folders.items()
+                    for row in self.rows(folder) or []]
         total = 0
-        for folder, found in zip(folders, self.ask_once(*folders) if folders else []):
-            rows = table(found)
-            for row in (self.rows(folder) or []) if rows is None else rows:
-                if row.get("label") in ("DICOM", "secondary"):
-                    count = row.get("file_count", "")
-                    if not re.fullmatch("[0-9]{1,9}", count):  # an old catalog without statistics
-                        count = str(len(self.rows(f"{folder}/{row['label']}/files") or []))
-                    total += int(count)
+        for row in rows:
+            scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
+            if scan in folders and label in ("DICOM", "secondary"):
+                if not re.fullmatch("[0-9]{1,9}", count):  # an old catalog without statistics
+                    count = str(len(self.rows(f"{folders[scan]}/{label}/files") or []))
+                total += int(count)
         return total
 
     def _verify(self, session: Session, memory: Memory, where: str, path: str) -> Standing:

@@ -159,9 +159,10 @@ def rows_of(*rows: Dict[str, str]) -> bytes:
 
 
 def counted(scan: int, files: int) -> Fault:
-    """The server counts so many files in a scan."""
-    body = rows_of({"label": "DICOM", "file_count": str(files)})
-    return Fault("answer", f"scans/{scan}/resources", status=200, body=body, headers=JSON_PAGE,
+    """The server counts so many files in one of the two scans."""
+    body = rows_of(*({"label": "DICOM", "cat_id": str(number),
+                      "file_count": str(files if number == scan else 2)} for number in (1, 2)))
+    return Fault("answer", "scans/ALL/resources", status=200, body=body, headers=JSON_PAGE,
                  times=None)
 
 
@@ -368,9 +369,10 @@ ROWS = [
     Row("a right that fails", page(500, where=RIGHTS), 0, 0, START, 3, "HTTP 500"),
     Row("a login refused at the rights", page(401, where=RIGHTS), 0, 0, START, 3,
         "login refused for alice"),
-    Row("a first look that comes late", proxy(503, COUNT), 2, 1, BOTH, 0, AGAIN),
+    Row("a first look that comes late", proxy(503, COUNT, times=3), 2, 1, BOTH, 0,
+        AGAIN),
     Row("a first look that fails",  # the archive's list is not told, so it looks, and again fails
-        page(500, "boom", where="GET .*/experiments", times=2), 0, 0, NEITHER, 1, "HTTP 500"),
+        page(500, "boom", where="GET .*/experiments", times=4), 0, 0, NEITHER, 1, "HTTP 500"),
     # -- commit
     Row("a project for review", None, 2, 1, BOTH, 0, "in the prearchive", **MANUAL),
     Row("a commit forbidden", page(403, "Forbidden", where=COMMIT), 2, 1, BOTH, 1,
@@ -423,10 +425,16 @@ ROWS = [
     # -- verification
     Row("fewer files than sent", counted(1, 1), 2, 1, BOTH, 1, r"\b3 files | \b4 "),
     Row("more files than sent", counted(2, 7), 2, 1, BOTH, 1, r"\b9 files | \b4 "),
-    Row("counts that come late", proxy(503, "scans/1/resources", times=2), 2, 1, BOTH,
-        0, f"{AGAIN} | 4 files verified"),
+    Row("counts that come late", proxy(503, "scans/1/resources"), 2, 1, BOTH, 0,
+        f"{AGAIN} | 4 files verified", knobs={"all_scans": False}),
     Row("counts that cannot be read", ever(page(500, "boom", where="scans/1/resources")), 2, 1,
-        BOTH, 1, "HTTP 500, boom"),
+        BOTH, 1, "HTTP 500, boom", knobs={"all_scans": False}),
+    Row("a server that does not know ALL", None, 2, 1, BOTH, 0, "archived, 4 files verified",
+        knobs={"all_scans": False}),
+    Row("a server that forgets one of ALL", ever(on(
+        "scans/ALL/resources", "answer", status=200, headers=JSON_PAGE,
+        body=rows_of({"label": "DICOM", "cat_id": "1", "file_count": "2"}))), 2, 1, BOTH, 0,
+        "archived, 4 files verified"),
     Row("a series filter that keeps nothing", None, 2, 0, FIRST, 1, "filter",
         knobs={"reject": ("B_0002",)}, mend=no_filter),
     Row("a filter that keeps nothing of the only session", None, 2, 0, NEITHER, 1, "filter",

@@ -655,7 +655,7 @@ class WhatItFound(FuzzTest):
         for count in "\u00b2", "9" * 5000, "-2", "2.0":  # a raised 2 is a digit, but no number
             with self.subTest(count[:9]), self.xnat() as server:
                 server.fail("answer", r"GET .*/resources\?", status=200, body=(
-                    ROW % '{"label": "DICOM", "file_count": "%s"}' % count).encode())
+                    ROW % '{"label": "DICOM", "cat_id": "1", "file_count": "%s"}' % count).encode())
                 ran = self.upload(server, "--workdir", str(self.folder / count[:9]))
                 self.assertEqual(ran.status, 0, ran.text)
                 self.assertIn("2 files verified", ran.out)

@@ -17,8 +17,8 @@ CALLS = {"Stop": 0, "Trouble": 0, "refuse": 1}  # which argument is the message
 TABLES = {"CURL_TROUBLE", "CERTIFICATES"}       # of messages; REMEDIES is one of advice
 # What a sentence to a person in trouble ends with: something to do, or that nothing is to be done.
 ADVICE = re.compile(
-    r"(?:^|: |; |, |, then |or )(ask|check|choose|compare|delete|give|let|look|lower|make|mend|move|"
-    r"rename|run|see|set|sort|try|wait|write|save|put|remove|is this|trying|waiting|--again|"
+    r"(?:^|: |; |, |, then |or )(ask|check|choose|compare|delete|give|let|look|lower|make|mend|"
+    r"move|rename|run|see|set|sort|try|wait|write|save|put|remove|is this|trying|waiting|--again|"
     r"--overwrite-files|or leave|reset|install|apt-get)\b[^:;]*$")
 WITHOUT = {  # no advice of their own: the words around them have it, or nobody reads them
     "stopping", "stopped by …", "an earlier part of it was not sent",
@@ -50,7 +50,8 @@ def found_in(source: str) -> Iterator[str]:
             for keyword in node.keywords:
                 if keyword.arg in ("message", "problem") and text_of(keyword.value):
                     yield text_of(keyword.value)
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in TABLES | {"why"}:
+        elif isinstance(node, ast.Assign) and getattr(
+                node.targets[0], "id", "") in TABLES | {"why"}:
             table = node.value
             rows: List[ast.AST] = [table]
             if isinstance(table, ast.Dict):
@@ -78,7 +79,8 @@ class Messages(unittest.TestCase):
         for message in messages():
             with self.subTest(message):
                 self.assertNotIn("\n", message)
-                plain = re.sub(r" \([^()]*\)$|\{.*\}$|https://…+ as URL$|\. The layout is$", "", message)
+                plain = re.sub(r" \([^()]*\)$|\{.*\}$|https://…+ as URL$|\. The layout is$", "",
+                               message)
                 if message not in WITHOUT and not plain.endswith("…"):  # that is advice filled in
                     self.assertRegex(plain, ADVICE)
 

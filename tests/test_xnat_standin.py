@@ -1049,6 +1049,9 @@ class WhatCanBeRead(Case):
         rows = self.call("GET", place + "/scans/1/resources").rows
         self.assertEqual([(row["label"], row["file_count"]) for row in rows],
                          [("DICOM", "3"), ("SNAPSHOTS", "2")])
+        rows = self.call("GET", place + "/scans/ALL/resources").rows
+        self.assertEqual([(row["cat_id"], row["label"], row["file_count"]) for row in rows],
+                         [("1", "DICOM", "3"), ("1", "SNAPSHOTS", "2")])
         files = self.call("GET", place + "/scans/1/resources/DICOM/files").rows
         self.assertEqual(len(files), 3)
         self.assertEqual(set(files[0]), {"Name", "Size", "URI", "collection", "file_tags",

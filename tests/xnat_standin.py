@@ -93,6 +93,7 @@ class Knobs:
     drain: bool = False               # take the bytes, read only the first file: for benchmarks
     route_by_header: bool = False     # an unknown project: StudyDescription may name one
     snapshots: bool = False           # archived scans have a SNAPSHOTS resource too
+    all_scans: bool = True            # scans/ALL stands for all of them, in the archive
     keep: str = ""                    # a folder that gets each file of a form, for other judges
     reject: Union[Collection[str], Callable[[str], bool]] = ()  # series XNAT's filter throws away
 
@@ -2039,15 +2040,19 @@ def show_scan(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 
 @route("GET", SCANS + "/" + NAME + "/resources")
 def scan_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
-    """The counts of one scan."""
-    session, scan = session_at(xnat, exchange, *place[:4]), place[4]
-    rows = [{**dicom_resource(scan, one_scan(session.scans, scan)),
-             "xnat_abstractresource_id": row_id(session, scan, 1),
-             "element_name": "xnat:resourceCatalog", "cat_desc": "", "tags": "", "content": "RAW",
-             "format": "DICOM"}]
-    if xnat.knobs.snapshots:
-        rows.append({**rows[0], "xnat_abstractresource_id": row_id(session, scan, 2),
-                     "label": "SNAPSHOTS", "file_count": 2, "file_size": 2000, "format": "GIF"})
+    """The counts of one scan, or of ALL (XnatImagescandata.getScansByIdORType)."""
+    session = session_at(xnat, exchange, *place[:4])
+    wanted = list(session.scans) if place[4] == "ALL" and xnat.knobs.all_scans else [place[4]]
+    rows = []
+    for scan in wanted:
+        rows.append({**dicom_resource(scan, one_scan(session.scans, scan)),
+                     "xnat_abstractresource_id": row_id(session, scan, 1),
+                     "element_name": "xnat:resourceCatalog", "cat_desc": "", "tags": "",
+                     "content": "RAW", "format": "DICOM"})
+        if xnat.knobs.snapshots:
+            rows.append({**rows[-1], "xnat_abstractresource_id": row_id(session, scan, 2),
+                         "label": "SNAPSHOTS", "file_count": 2, "file_size": 2000,
+                         "format": "GIF"})
     return table(rows, title="Resources", totalRecords=str(len(rows)))
 
 
