@@ -1,6 +1,6 @@
 """How fast an upload is, side by side with what else could send the same files.
 
-    python3 -m tests.benchmark            all conditions, about twelve minutes
+    python3 -m tests.benchmark            all conditions, about twenty minutes
     python3 -m tests.benchmark --quick    small trees, one round, under two minutes
     python3 -m tests.benchmark --only mr-free mr-100M --rounds 5 --peers
 
@@ -133,12 +133,12 @@ CONDITIONS = (
     Condition("mr-free", MR + ", line unlimited", mr_tree(8), memory=True, peers=True,
               contenders=FOUR + ("this -0",)),
     Condition("mr-1G", MR + ", 1 Gbit/s", mr_tree(8), 125e6, contenders=FOUR + ("this -0",)),
-    Condition("mr-100M", MR + ", 100 Mbit/s", mr_tree(4), 12.5e6, rounds=2, peers=True,
+    Condition("mr-100M", MR + ", 100 Mbit/s", mr_tree(8), 12.5e6, rounds=2, peers=True,
               contenders=("this", "bound 4", "original", "this -0")),
     Condition("mr-20M", MR + ", 20 Mbit/s", mr_tree(1), 2.5e6, rounds=1,
               contenders=("this", "bound 4", "original")),
     Condition("mr-5ms", MR + ", import 5 ms a file", mr_tree(8), import_ms=5, rounds=2,
-              contenders=("this", "bound 4", "1 by 1")),
+              contenders=("this", "bound 4", "1 by 1", "this -0")),
     Condition("sessions-46ms", "8 sessions, import 46 ms a file", slow_sessions, import_ms=46,
               rounds=2, contenders=("this", "bound 4", "1 by 1"), drain=False),
     Condition("session-46ms", "one session of 40 series, import 46 ms a file", slow_session,
