@@ -42,6 +42,7 @@ import errno
 import fcntl
 import fnmatch
 import getpass
+import glob
 import hashlib
 import heapq
 import html
@@ -70,7 +71,7 @@ from dataclasses import dataclass, field, fields, replace
 from queue import Empty, SimpleQueue
 from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence,
                     Set, TextIO, Tuple)
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 VERSION = "1.0"
 ABOUT, LAYOUT, EXAMPLES, STATUSES, _ = (__doc__ or "\n\n" * 4).split("\n\n")  # for --help
@@ -87,6 +88,10 @@ class Stop(Exception):
         super().__init__(message)
         self.status = status
         self.drawing = drawing
+
+
+class Misplaced(Stop):
+    """XNAT puts the data elsewhere: another run would only put more there."""
 
 
 class Trouble(Exception):
@@ -121,12 +126,14 @@ class Settings:
     only: List[str] = option("--only PATTERN", "glob on subject or subject/session: send only "
                              "these (repeatable)", [], action="append")
     dry_run: bool = switch("-n --dry-run", "show what would be sent, contact nobody")
-    again: bool = switch("--again", "forget what was sent of the sessions chosen")
+    again: bool = switch(
+        "--again", "forget what was sent of the sessions that --only chooses, or of all")
     no_commit: bool = switch(
         "--no-commit", "leave sessions to XNAT's own timers, which may archive one by halves")
     overwrite_files: bool = switch(
-        "--overwrite-files", "on commit, replace instances that the archive already holds")
-    workdir: str = option("--workdir DIR", "zips, ledger, log, report", "./work")
+        "--overwrite-files", "on commit, replace images that the archive already holds")
+    workdir: str = option(
+        "--workdir DIR", "zips, ledger, log, report; the same in every run", "./work")
     procs: int = option("--procs N", "uploads side by side", 4)
     max_files: int = option("--max-files N", "files per zip", 500)
     compression: int = option("--compression 0-9", "zip's level", 1)
@@ -221,7 +228,7 @@ class Turn:
         self.before = before
         self.has_room = threading.Event()
         self.over = threading.Event()
-        self.sent = False
+        self.address = ""  # where it was sent
 
     def end(self) -> None:
         self.before = None
@@ -232,7 +239,7 @@ class Turn:
         """Wait for the part before; whether it is sent."""
         if self.before:
             self.before.over.wait()
-        return not self.before or self.before.sent
+        return not self.before or bool(self.before.address)
 
 
 @dataclass(frozen=True)
@@ -348,6 +355,12 @@ def lies_in(path: str, folder: str) -> bool:
     return os.path.commonpath([above, os.path.realpath(path)]) == above
 
 
+def and_above(path: str) -> List[str]:
+    """The real path of a folder, and of all folders above it."""
+    real = os.path.realpath(path)
+    return [real] + [real[:at] for at, each in enumerate(real) if each == "/"]
+
+
 def clean_label(text: str) -> str:
     """`text` as a label that XNAT keeps unchanged: it accepts [A-Za-z0-9_-] (xnat.md 4.4)."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)
@@ -400,10 +413,12 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
     problems: List[str] = []
     entries = list(os.scandir(folder))
     links: List[os.DirEntry[str]] = []  # to folders: followed when all real folders are read
-    read = [folder]  # folders that link to each other have paths without end
+    read = {os.path.realpath(folder)}  # folders that link to each other have paths without end
     while entries or links:
         linked = not entries
-        entry = links.pop(0) if linked else entries.pop()
+        if linked:
+            links.sort(key=lambda each: each.path, reverse=True)  # in whatever order they are found
+        entry = links.pop() if linked else entries.pop()
         name = entry.path[len(folder) + 1:]
         try:
             if not entry.is_dir():
@@ -412,10 +427,10 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
                 entries += os.scandir(entry.path)
             elif not linked:
                 links.append(entry)
-            elif leads_back(entry) or any(lies_in(entry.path, each) for each in read):
+            elif leads_back(entry) or not read.isdisjoint(and_above(entry.path)):
                 junk.append(f"{name} (a link to a folder above it, or one that is read already)")
             else:
-                read.append(entry.path)
+                read.add(os.path.realpath(entry.path))
                 entries += os.scandir(entry.path)
         except OSError as error:
             problems.append(f"{name} {unreadable(error)}")
@@ -431,7 +446,7 @@ def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: Li
     info = entry.stat()
     regular = entry.is_file() and info.st_size  # a FIFO would make us wait for ever
     if not regular or not is_dicom(first_bytes(entry.path), info.st_size):
-        junk.append(name)
+        junk.append(name + ("" if info.st_size else " (is empty: a copy that broke?)"))
     elif re.search(r"[\n\r\x7f]", name):  # zip takes a line each, and spoils the zip with a DEL
         problems.append(f"{name} has a line break or DEL in its name: rename it, then run again")
     elif not is_utf8(name):  # Java refuses the whole zip for it (xnat.md 3)
@@ -581,13 +596,17 @@ class Programs:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     @staticmethod
-    def _talk(process: subprocess.Popen[bytes], given: Optional[bytes],
+    def _talk(process: subprocess.Popen[bytes], given: bytes,
               watch: Callable[[bytes], None]) -> Tuple[bytes, bytes]:
+        # Not by communicate(): after a timeout it never writes the rest (python/cpython#141473).
+        # zip and curl read all of it before they say much.
+        with suppress(BrokenPipeError), process.stdin as into:  # type: ignore[union-attr]
+            into.write(given)
+        process.stdin = None
         while True:
             try:
-                return process.communicate(given, timeout=0.25)
+                return process.communicate(timeout=0.25)
             except subprocess.TimeoutExpired as so_far:
-                given = None  # it has that
                 watch(so_far.stderr or b"")
 
     def _tell_guard(self) -> None:
@@ -624,9 +643,11 @@ class Workdir:
             self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Stop(f"workdir {path}: in use by another run: wait, or choose another --workdir")
+            raise Stop(f"workdir {path}: in use by another run: wait until it ends")
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a share without locks will do
+            # A share without locks will do, if nobody else can touch these zips.
+            self.zips += f"-{os.uname().nodename}-{os.getpid()}"
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another")
         shutil.rmtree(self.zips, ignore_errors=True)  # left by an earlier run that was killed
         os.makedirs(self.zips, exist_ok=True)
@@ -647,12 +668,14 @@ class Workdir:
                 if not self._promised:
                     free = size(shutil.disk_usage(self.zips).free)
                     raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
-                                  f"{free}): make room, choose another --workdir, or lower "
-                                  "--max-files")
+                                  f"{free}): make room, lower --max-files, or move all of it, "
+                                  "ledger too, to a larger disk")
                 self._room.wait()
             self._promised += need
         target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
         try:
+            with suppress(FileNotFoundError):  # zip would add to an old one
+                os.unlink(target)
             yield target
         finally:
             with suppress(FileNotFoundError):
@@ -683,7 +706,7 @@ def pack(series: Series, files: List[File], target: str, level: int, programs: P
     done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, series.folder)
     if done.returncode not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
         text = " ".join((done.stdout + done.stderr).decode("utf-8", "replace").split())
-        room = "make room or choose another --workdir" if done.returncode == 14 else "run again"
+        room = "make room in the workdir" if done.returncode == 14 else "run again"
         raise Trouble(f"zip failed (exit {done.returncode}{', ' + text if text else ''}): {room}")
     check_zip(target, files)
 
@@ -740,8 +763,11 @@ BUILD_INFO = "/xapi/siteConfig/buildInfo"
 ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
 # What to do about a refusal, by XNAT's own words (xnat.md 3, 6.2).
 REMEDIES = (
-    ("unable to read dicom|contains no sop", "move that file out of the folder, then run again"),
-    ("matching files|same resources", "XNAT has these files: --overwrite-files replaces them"),
+    ("unable to read dicom|contains no sop",
+     "copy that file again from its source, or move it out if it is no image, then run again"),
+    ("matching files|same resources",
+     "XNAT has some of these images: if another workdir sent them, run with that one; if they are "
+     "newer here, --overwrite-files replaces XNAT's"),
     ("another subject|session subject", "the label belongs to another subject: rename the folder"),
     ("session uid|same uid", "XNAT has another study under this label: rename the folder"),
     ("http 413", "lower --max-files, or ask the admin to raise client_max_body_size"),
@@ -840,7 +866,8 @@ class Xnat:
         answers = read_answers(done, mark, len(urls))
         for url, answer in zip(urls, answers):
             self._cookie = answer.cookie or self._cookie
-            body = "" if "JSESSION" in url else " ".join(answer.body.split())[:500]  # a secret
+            body = " ".join(answer.body.split())[:500]
+            body = "" if "JSESSION" in url + body else body  # that is a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
                             f"{answer.status} {body}")
         return answers
@@ -861,7 +888,8 @@ class Xnat:
                 break
             self.wait_to_heal(about, verdict, tries)
         if verdict.gone and not self.is_there():
-            raise Stop(f"{self.settings.url}: the server is gone: {verdict.message}")
+            raise Stop(f"{self.settings.url}: the server is gone ({verdict.message}): run again "
+                       "later, it goes on where it stopped")
         return answer, verdict, tries
 
     def wait_to_heal(self, about: str, verdict: Verdict, tries: int) -> None:
@@ -971,8 +999,9 @@ class Xnat:
         elif "InactiveAccount" in target:
             why = f"the account {user} is not active yet: ask the XNAT admin"
         elif target.startswith("https:") and self.settings.url.startswith("http:"):
-            path = urlsplit(self.settings.url).path  # XNAT may have a path of its own
-            why = f"the server wants https: give https://{urlsplit(target).netloc}{path} as URL"
+            site = target[8:].partition("/")[0]
+            path = "".join(self.settings.url[7:].partition("/")[1:])  # XNAT may have one of its own
+            why = f"the server wants https: give https://{site}{path} as URL"
         elif target:
             why = f"the server redirects to {target}: give the address that XNAT itself has"
         elif answer.is_html and answer.status == 200:
@@ -1013,9 +1042,9 @@ class Xnat:
             if not found:
                 return Verdict(message=f"no address came back ({address[:200]}): look in the log")
             if found[1] != self.project:
-                return Verdict(stop=True, message=f"project {self.project}: XNAT put data into "
-                               f"project {found[1]} ({address}): remove it there, and ask the XNAT "
-                               "admin")
+                raise Misplaced(f"project {self.project}: XNAT put {part.session.label} "
+                                f"{part.series.name} into project {found[1]} ({address}): do not "
+                                "run again, have it deleted there, and ask the XNAT admin")
             if found[2] != part.session.label:
                 return Verdict(message=f"XNAT put it into another session ({address}): look there")
         if len(addresses) > 1:
@@ -1038,24 +1067,25 @@ class Xnat:
                  "overwrite": "append"}
         if not self.settings.no_commit:  # else five idle minutes archive half a session (6.1)
             query["prevent_auto_commit"] = "true"
-        files = part.series.listing()[part.start:part.stop]
-        total = sum(length for _, length, _ in files)
         try:
             if turn.before:
                 turn.before.has_room.wait()
+            files = part.series.listing()[part.start:part.stop]
+            total = sum(length for _, length, _ in files)
             with workdir.room_for(files) as zipped, self.teller.at_work(
                     f"{session.label} {part.series.name}", len(files), total) as moved:
                 turn.has_room.set()
                 pack(part.series, files, zipped, self.settings.compression, self.programs)
                 zip_size = os.path.getsize(zipped)
                 if not turn.comes():
-                    return Outcome(message="an earlier part of it was not sent")
+                    return Outcome()  # the one before says why
+                address = turn.before.address if turn.before else address
                 answer, verdict, tries = self.ask_until(
                     f"{session.label} {part.series.name}",
                     lambda: self.ask("POST", "/data/services/import", query, zipped, moved=moved),
                     lambda answer: self.judge_part(answer, part))
                 moved(1.0 if verdict.address else 0.0)
-                turn.sent = bool(verdict.address)
+                turn.address = verdict.address
                 if answer.status in (413, 504):  # a proxy's limits: how big was it?
                     message = (f"{said(answer)}, for a zip of {size(zip_size)} with "
                                f"{plural(len(files), 'file')}: {remedy(answer)}")
@@ -1086,11 +1116,11 @@ class Xnat:
                 standing = self._verify(session, memory, "archived", path)
                 return standing if not standing.message else Standing(
                     message="it was left for review, and is neither in the prearchive nor in the "
-                    "archive any more: --again sends it anew")
+                    f"archive any more: {anew(session)}")
             standing = self._verify(session, memory, memory.ended, memory.path)
             if standing.message and not standing.files:
                 return Standing(message=f"an earlier run saw it {memory.ended}, and it is not "
-                                "there any more: --again sends it anew")
+                                f"there any more: {anew(session)}")
             return standing
         except (Trouble, OSError) as trouble:
             return Standing(message=str(trouble))
@@ -1281,10 +1311,15 @@ def remedy(answer: Answer) -> str:
     return next(advice for words, advice in REMEDIES if re.search(words, said(answer).lower()))
 
 
+def anew(session: Session) -> str:
+    """How to send all of a session again."""
+    return f"to send it anew, add --again --only {shlex.quote(glob.escape(session.path))}"
+
+
 def two_studies(kind: str, addresses: List[str]) -> str:
     return (f"two studies in one {kind} folder, or another run sends the same session; XNAT made "
-            f"two sessions ({', '.join(addresses)}): sort the folder by study, or let that run "
-            "end; delete what is wrong in the prearchive, then run again")
+            f"two sessions ({', '.join(addresses)}): move one study to a folder of its own, "
+            "or let that run end; delete both in the prearchive, then run again")
 
 
 SOP_INSTANCE = re.compile(
@@ -1379,8 +1414,8 @@ class Ledger:
             if not raw.endswith(b"\n") and not read_only:
                 self._file.write(b"\n")
         except OSError as error:
-            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, or choose "
-                       "another --workdir")
+            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, it "
+                       "remembers what was sent")
 
     def _read(self, raw: bytes) -> None:
         try:
@@ -1433,6 +1468,7 @@ class Tally:
     jobs: int = 0  # parts that are packed or posted now
     last: Optional[Turn] = None  # of these jobs
     files: int = 0
+    bytes: int = 0
     zipped: int = 0  # bytes
     started: float = 0.0
     seconds: float = 0.0
@@ -1617,9 +1653,12 @@ class Run:
             except BaseException as error:  # the main thread decides
                 self.done.put((journey, then, error))
 
+        try:
+            self.pool.submit(job)
+        except RuntimeError:  # of threads or memory
+            raise Stop("this system starts no more threads: lower --procs")
         self.jobs += 1
         journey.jobs += 1
-        self.pool.submit(job)
 
     def _take(self, journey: Journey, then: Callable[[Journey, Any], None], result: Any) -> None:
         """Take in the end of a job."""
@@ -1674,6 +1713,7 @@ class Run:
             self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
                             files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
             tally.files += part.stop - part.start
+            tally.bytes += part.bytes
             tally.zipped += outcome.zipped
             tally.address = here
         else:
@@ -1687,21 +1727,27 @@ class Run:
         """Say how a session ended for which nothing is left to do."""
         if not journey.jobs and not journey.next_job(False)[0]:
             self.active.remove(journey)
-            self._report(journey, journey.message)
+            where = journey.where()
+            self._report(journey, journey.message or ("" if where == "archived" else ENDS[where]))
             self.teller.session(journey)
 
     def _report(self, journey: Journey, message: str) -> None:
         """A row in the report for each series; `message` is for all that have none of their own."""
         for tally in journey.tallies:
             tally.status = tally.status or "not sent"
-            tally.message = tally.message or message
+            if tally.status in ("sent", "not sent", "already there"):
+                tally.message = tally.message or message
             self.teller.report(journey.session, tally)
 
-    def tell_rest(self) -> None:
-        """Write into the report what a stop left undone."""
+    def tell_rest(self) -> List[str]:
+        """Write into the report what a stop left undone; the series that it did not reach."""
         waiting = (Journey(each, self.ledger.of(each), self.settings) for each in self.waiting)
+        rest = []
         for journey in itertools.chain(self.active, waiting):
-            self._report(journey, "the run was stopped before it was whole")
+            rest += [f"{journey.session.label} {tally.series.name}" for tally in journey.tallies
+                     if not tally.status]
+            self._report(journey, "the run was stopped before its session was whole: run again")
+        return rest
 
 
 # ---- telling -------------------------------------------------------------------------------
@@ -1729,7 +1775,7 @@ class Teller:
     def __init__(self) -> None:
         self.failures: List[str] = []
         self.report_path = ""
-        self._quiet = self._verbose = False
+        self.quiet = self.verbose = False
         self._sessions: Counter[str] = Counter()
         self._series: Counter[str] = Counter()
         self._files = self._bytes = self._zipped = 0
@@ -1754,7 +1800,6 @@ class Teller:
         self.report_path = base + ".csv"
         for kind, path in (("log", base + ".log"), ("report", self.report_path)):
             self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._quiet, self._verbose = settings.quiet, settings.verbose
         self._write("report", csv_line(REPORT))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
@@ -1763,13 +1808,13 @@ class Teller:
     def log(self, text: str) -> None:
         """A line for the log only; with --verbose on stderr too."""
         self._write("log", f"{now()} {printable(text)}\n")
-        if self._verbose:
+        if self.verbose:
             self._show(sys.stderr, f"  {text}")
 
     def line(self, text: str = "", important: bool = True) -> None:
         """A result: a line on stdout and in the log. --quiet shows only what is `important`."""
         self._write("log", f"{now()} {printable(text)}\n")
-        if important or not self._quiet:
+        if important or not self.quiet:
             self._show(sys.stdout, text)
 
     def say(self, text: str, drawing: str = "") -> None:
@@ -1789,17 +1834,12 @@ class Teller:
                                f"({error.strerror}): make room, then run again")
 
     def _show(self, stream: TextIO, text: str) -> None:
-        """Print a line. A reader that has gone away (`| head`) does not stop the upload."""
+        """Print a line."""
         with self._lock:
             self._erase()
             self._heard = time.monotonic()
             coding = stream.encoding or "ascii"
-            try:
-                stream.write(printable(text).encode(coding, "backslashreplace").decode(coding))
-                stream.write("\n")
-                stream.flush()
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            put(stream, printable(text).encode(coding, "backslashreplace").decode(coding) + "\n")
 
     # While it goes on
 
@@ -1826,15 +1866,15 @@ class Teller:
         """On a terminal the one moving line; elsewhere a line now and then."""
         with self._lock:
             moment = time.monotonic()
-            if self._moves and not self._quiet and moment > self._drawn + 0.1:
+            if self._moves and not self.quiet and moment > self._drawn + 0.1:
                 self._drawn = moment
+                columns = 0
                 with suppress(OSError):
-                    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-                    self._erase()
-                    sys.stderr.write(fitting(self._standing(), columns - 1))
-                    sys.stderr.flush()
-                    self._shown = True
-            elif not (self._moves or self._quiet) and moment > self._heard + self.HEARTBEAT:
+                    columns = os.get_terminal_size(sys.stderr.fileno()).columns
+                self._erase()
+                put(sys.stderr, fitting(self._standing(), (columns or 80) - 1))
+                self._shown = True
+            elif not (self._moves or self.quiet) and moment > self._heard + self.HEARTBEAT:
                 self.say(f"still at work: {self._standing()}")
 
     def _standing(self) -> str:
@@ -1851,8 +1891,7 @@ class Teller:
 
     def _erase(self) -> None:
         if self._shown:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+            put(sys.stderr, "\r\033[K")
             self._shown = False
 
     # Before
@@ -1877,7 +1916,7 @@ class Teller:
         if self._handles:
             named = " (named in the log)"
         if junk:
-            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent", important=False)
+            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent")
         if plan.strays:
             self.say(f"{plan.strays[0]}: {plural(len(plan.strays), 'file')} where folders "
                      f"belong{named}: not sent")
@@ -1888,7 +1927,7 @@ class Teller:
             self.failures.append(f"{folder}: {count} where folders belong"
                                  f" ({names[0]}): put them into a series folder, then run again")
         for session in plan.sessions:
-            if session.label != session.path.replace("/", "_"):
+            if session.label != session.path.rstrip("/").replace("/", "_"):
                 self.line(f"{session.path} becomes session {session.label} of subject "
                           f"{session.subject_label}", important=False)
         self.line(important=False)
@@ -1898,16 +1937,20 @@ class Teller:
         """Every series with what would become of it, and whether there is room."""
         for session in plan.sessions:
             self.line(f"{session.path} goes to subject {session.subject_label}, session "
-                      f"{session.label}{'' if session.series else ': nothing to send'}")
+                      f"{session.label}{'' if session.series else ': nothing to send'}",
+                      important=False)
             for tally in Journey(session, ledger.of(session), settings).tallies:
                 detail = tally.message
                 if not tally.status:
                     files = sum(part.stop - part.start for part in tally.parts)
                     total = sum(part.bytes for part in tally.parts)
                     detail = f"{plural(files, 'file'):>11}  {size(total):>8}"
+                    if ledger.of(session).has_changed(tally.series):
+                        detail += "  (has changed since it was sent)"
                 elif tally.status == "not sent":
                     self.failures.append(f"{session.label} {tally.series.name}: {tally.message}")
-                self._series_line(session.label, tally.series, tally.status or "would send", detail)
+                self._series_line(session.label, tally.series, tally.status or "would send", detail,
+                                  important=tally.status == "not sent")
         self.line()
         for each in not_dicom[:20]:
             self.line(each)
@@ -1922,10 +1965,9 @@ class Teller:
                   f"{size(sum(need))} needed at once")
         if need and need[0] > free:
             self.failures.append(f"workdir {settings.workdir}: too full for the largest zip "
-                                 f"({size(need[0])}): make room, choose another --workdir, or "
-                                 "lower --max-files")
+                                 f"({size(need[0])}): make room, or lower --max-files")
         for failure in self.failures:
-            self.line(f"Not there: {failure}")
+            self.line(f"Would not be sent: {failure}")
         self.line(f"Nothing was sent and nobody contacted. To send: {settings.command}")
 
     # After
@@ -1943,7 +1985,7 @@ class Teller:
         detail = tally.message
         self._series[tally.status] += 1
         if tally.status == "sent":
-            detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.zipped):>8}  "
+            detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.bytes):>8}  "
                       f"{tally.seconds:.1f} s")
             self._zipped += tally.zipped
         elif tally.status == "not sent":
@@ -1954,7 +1996,7 @@ class Teller:
     def report(self, session: Session, tally: Tally) -> None:
         """One row in the report."""
         subject, _, name = session.path.partition("/")
-        files = tally.series.files if tally.status == "already there" else tally.files
+        files = tally.files if tally.status == "sent" else tally.series.files
         row = (subject, name, tally.series.name, session.label, tally.status, files,
                tally.series.not_dicom, tally.zipped, f"{tally.seconds:.1f}", tally.tries,
                tally.status_code or "", tally.address, tally.message)
@@ -1970,19 +2012,22 @@ class Teller:
             text = journey.message
         elif where in ("archived", "prearchived"):
             files = plural(journey.verified, "file")
-            text += f", {files} verified" if journey.verified else ", by an earlier run"
+            text += f", {files} verified" if journey.verified else ", counted by an earlier run"
+            self._sessions["earlier"] += not journey.verified
         self.line(f"{label}  {text}", important=journey.failed())
 
-    def summary(self, run: Run) -> None:
-        """The end: how much is there, each failure again, and what to do."""
+    def summary(self, run: Run, rest: List[str], again: bool) -> None:
+        """The end: how much is there, each failure again, what a stop left, and what to do."""
         ends, seconds = self._sessions, time.monotonic() - self._began
         unfinished = len(run.active) + len(run.waiting)
-        total = sum(ends.values()) + unfinished
+        total = sum(ends.values()) - ends["earlier"] + unfinished
         there = ends["archived"] + ends["prearchived"]
         words = [f"{there} of {plural(total, 'session')} archived and verified"]
         if ends["prearchived"]:
             words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of "
                      "them in the prearchive"]
+        if ends["earlier"]:
+            words[0] += f" ({ends['earlier']} of them by an earlier run)"
         words += [f"{ends[end]} {end}" for end in ("sent", "not archived", "held back", "failed",
                                                    "nothing to send") if ends[end]]
         words += [f"{unfinished} not finished"] if unfinished else []
@@ -2001,11 +2046,29 @@ class Teller:
             self.line(f"Not whole in the prearchive, do not archive by hand: {', '.join(halves)}")
         for failure in self.failures:
             self.line(f"Not there: {failure}")
-        if self.failures or unfinished:
+        for name in rest[:20]:
+            self.line(f"Not there: {name}: not reached, the run was stopped")
+        if rest[20:]:
+            self.line(f"Not there: {len(rest) - 20:,} series more, named in the report")
+        if (self.failures or unfinished) and again:
             self.line(f"Run the same command again to finish: {run.settings.command}")
-        elif not ends["sent"]:
+        elif not (self.failures or unfinished or ends["sent"]):
             self.line("All is there.")
+        if ends["prearchived"]:
+            self.line("Those in the prearchive wait for review: somebody must archive them there.")
+        if ends["sent"]:
+            self.line("What is sent waits for XNAT to archive it, and is not verified: run again "
+                      "later without --no-commit.")
         self.line(f"Report: {self.report_path}")
+
+
+def put(stream: TextIO, text: str) -> None:
+    """Write at once. A reader that has gone away (`| head`, a terminal) stops no upload."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def csv_line(row: Sequence[object]) -> str:
@@ -2147,7 +2210,7 @@ def sendable(text: str) -> bool:
 
 def check_url(text: str) -> str:
     """The URL as it is used. Raises Stop(2) with the right form, and with no login in it."""
-    good = r"(https?://(?:[^\s/?#@:\[\]]+|\[[^\s/?#@\]]+\])(?::\d+)?)((?:/[^\s?#]*)?)"
+    good = r"(https?://(?:[^\s/?#@:\[\]]+|\[[0-9a-f:.]+\])(?::0*[1-9]\d{0,4})?)((?:/[^\s?#]*)?)"
     rest = re.sub(r"^((https?|ftps?)(:/*|/+)|/+)", "", text, flags=re.IGNORECASE).rpartition("@")[2]
     right = ("http://" if re.match("http(?!s)", text, re.IGNORECASE) else "https://") + rest
     if "@" in text:
@@ -2193,7 +2256,8 @@ def bytes_per_second(text: str) -> int:
     """5M, 500k or plain bytes per second. Raises Stop(2) for anything else."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kmg]?)", text.lower())
     value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
-    return value or refuse(f"--limit-rate {text}", "give bytes per second, such as 500k or 5M")
+    return min(value, 1 << 40) or refuse(
+        f"--limit-rate {text}", "give bytes per second, such as 500k or 5M")
 
 
 def find_password(settings: Settings) -> Settings:
@@ -2212,7 +2276,7 @@ def find_password(settings: Settings) -> Settings:
 
 def netrc_password(url: str, user: str) -> str:
     """What ~/.netrc has for this user on this machine, if it has it."""
-    host = urlsplit(url).hostname or ""
+    host = re.sub(r"^https?://(\[[^]]*\]|[^/:]*).*", r"\1", url).strip("[]")
     try:
         login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
         with open(os.path.expanduser("~/.netrc"), encoding="utf-8") as file:
@@ -2246,6 +2310,7 @@ def check_tools(programs: Programs, teller: Teller) -> None:
 
 def upload(settings: Settings, teller: Teller) -> int:
     """One run from plan to summary; the exit status."""
+    teller.quiet, teller.verbose = settings.quiet, settings.verbose
     if settings.dry_run:
         not_dicom: List[str] = []
         plan = make_plan(settings, not_dicom.append)
@@ -2286,19 +2351,20 @@ def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
         ledger.add(session, "forget")
     teller.plan(plan, parts_to_send(plan, ledger, settings))
     run = Run(plan, xnat, workdir, ledger)
-    status = ALL_THERE
+    status, again = ALL_THERE, True
     try:
         run.go()
-        xnat.close()
+        with suppress(Trouble):
+            xnat.close()
     except (Stop, OSError) as stop:
+        again = not isinstance(stop, Misplaced)
         teller.say(str(stop))
         status = getattr(stop, "status", STOPPED)
         xnat.programs.stopping.clear()  # all has ended; only the server session is to be closed
         with suppress(Stop, Trouble):
             xnat.close()
     ledger.close()
-    run.tell_rest()
-    teller.summary(run)
+    teller.summary(run, run.tell_rest(), again)
     return status or (SOME_FAILED if teller.failures else ALL_THERE)
 
 

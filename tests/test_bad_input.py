@@ -665,7 +665,7 @@ class OddFiles(BadInputTest):
                         self.assertEqual(len(told), 1, ran.text)
                     self.assertEqual(server.stored(label), beside[case])
                     row = self.row(name)
-                    self.assertEqual((row["status"], row["files"]), ("not sent", "0"))
+                    self.assertEqual((row["status"], row["bytes sent"]), ("not sent", "0"))
                     for word in words:
                         self.assertIn(word, row["message"])
 

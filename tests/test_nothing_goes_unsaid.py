@@ -24,8 +24,9 @@ class NothingGoesUnsaid(UploadTest):
             for options in ((), ("--dry-run",)):
                 ran = self.upload(server, *options)
                 self.assertEqual(ran.status, 1, ran.text)
-                self.assertRegex(ran.out, r"Not there: \S*007/pre: 1 DICOM file where folders "
-                                          r"belong \(IM0001.dcm\): put them into a series folder")
+                self.assertRegex(ran.out, r"(Not there|Would not be sent): \S*007/pre: "
+                                          r"1 DICOM file where folders belong \(IM0001.dcm\): "
+                                          r"put them into a series folder")
                 self.assertNotIn("All is there", ran.out)
             self.assertEqual(len(server.stored("007_pre")), 2)
 
@@ -50,7 +51,7 @@ class NothingGoesUnsaid(UploadTest):
             ran = self.upload(server)
             self.assertEqual(ran.status, 1, ran.text)
             self.assertIn("007_pre: an earlier run saw it archived, and it is not there any more: "
-                          "--again sends it anew", ran.out)
+                          "to send it anew, add --again --only 007/pre", ran.out)
             ran = self.upload(server, "--again")
             self.assertEqual(ran.status, 0, ran.text)
             self.assertEqual(len(server.stored("007_pre")), 3)
