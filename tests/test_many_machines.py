@@ -122,7 +122,7 @@ class Slices(ManyRuns):
             self.assertIn(sorted(run.returncode for run in runs), ([0, 0], [0, 1]), told)
             for loser in (out for out, run in zip(told, runs) if run.returncode):
                 self.assertIn("Not there: 007_pre", loser)
-                self.assertRegex(loser, "another run|XNAT has these files")
+                self.assertRegex(loser, "another run|XNAT has some of these images")
 
     def test_a_session_of_which_another_run_archived_the_half_is_archived_once_and_told(
             self) -> None:
@@ -145,7 +145,7 @@ class Slices(ManyRuns):
             out, _ = slow.communicate(timeout=60)
             self.assertEqual(slow.returncode, 1, out)
             self.assertEqual(archived(server), wanted)
-            self.assertRegex(out, "Not there: 007_pre.*(another (run|upload)|XNAT has these files)")
+            self.assertRegex(out, "Not there: 007_pre.*(another (run|upload)|XNAT has some of these images)")
 
     def test_a_session_sent_again_from_another_workdir_is_archived_once_and_told(self) -> None:
         plant(self.root, ("007",))
@@ -154,7 +154,7 @@ class Slices(ManyRuns):
             before = archived(server)
             ran = self.run_command(self.in_workdir(server, "two"))
             self.assertEqual(ran.status, 1, ran.text)
-            self.assertRegex(ran.out, r"Not there: 007_pre.*XNAT has these files")
+            self.assertRegex(ran.out, r"Not there: 007_pre.*XNAT has some of these images")
             self.assertEqual(archived(server), before)
 
 

@@ -17,7 +17,7 @@ CALLS = {"Stop": 0, "Misplaced": 0, "Trouble": 0, "refuse": 1}  # which argument
 TABLES = {"CURL_TROUBLE", "CERTIFICATES"}       # of messages; REMEDIES is one of advice
 # What a sentence to a person in trouble ends with: something to do, or that nothing is to be done.
 ADVICE = re.compile(
-    r"(?:^|: |; |, |, then |or )(ask|check|choose|compare|delete|give|let|look|lower|make|mend|"
+    r"(?:^|: |; |, |, then |, and |or )(ask|check|choose|compare|delete|give|let|look|lower|make|mend|"
     r"move|rename|run|see|set|sort|try|wait|write|save|put|remove|is this|trying|waiting|--again|"
     r"--overwrite-files|or leave|reset|install|apt-get)\b[^:;]*$")
 WITHOUT = {  # no advice of their own: the words around them have it, or nobody reads them
@@ -89,7 +89,7 @@ is no plain name: give the folder as --workdir
 is not JSON in UTF-8 (…): mend it there
 it is gone from the prearchive, and XNAT's archive does not have it: run again to send it again
 it was left for review, and is neither in the prearchive nor in the archive any more: …
-ledger …: cannot be used (…): mend it, or choose another --workdir
+ledger …: cannot be used (…): mend it, it remembers what was sent
 ledger …: cannot be written (…): make room, then run again
 lies inside ROOTDIR: choose one outside
 login refused for … (HTTP …): check USER and PASS (20 wrong ones lock the account for an hour; too many open sessions look the same)
@@ -97,6 +97,7 @@ no address came back (…): look in the log
 no encrypted connection comes about: check https or http, and the port
 no password that could be sent in XNAT_PASS, in ~/.netrc for this host and user, or from a terminal: set XNAT_PASS
 nothing answers there: check URL, network, and whether XNAT is up
+project …: XNAT put … … into project … (…): do not run again, have it deleted there, and ask the XNAT admin
 project …: not on this XNAT, or … cannot see it: check its ID
 project …: …
 project …: … can see it but not add to it: ask its owner to make … a member

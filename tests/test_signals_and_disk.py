@@ -353,7 +353,7 @@ class TheWorkdir(RunningTest):
         self.small_disk("1m")
         with self.xnat() as server:
             self.run_it(server, status=1, posts=2, commits=1,
-                        words=f"too full .*needs 3.* MB, has .*B.*--workdir | {HELD}")
+                        words=f"too full .*needs 3.* MB, has .*B.*--max-files | {HELD}")
             self.assertEqual(self.statuses(), "not sent, sent, sent")
             subprocess.check_call(["mount", "-o", "remount,size=20m", str(self.work)])
             self.run_it(server, status=0, posts=1, commits=1)
