@@ -2278,18 +2278,20 @@ def netrc_password(url: str, user: str) -> str:
     """What ~/.netrc has for this user on this machine, if it has it."""
     host = re.sub(r"^https?://(\[[^]]*\]|[^/:]*).*", r"\1", url).strip("[]")
     try:
-        login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
         with open(os.path.expanduser("~/.netrc"), encoding="utf-8") as file:
-            # Of several logins on one machine Python's netrc keeps only the last.
-            found = re.search(rf"machine\s+{re.escape(host)}\s+login\s+{re.escape(user)}\s+"
-                              r"password\s+(\S+)", file.read())
+            private = not os.fstat(file.fileno()).st_mode & 0o077
+            # Of several logins on one machine Python's netrc keeps only the last, and before 3.11
+            # it knows no letters beyond ASCII.
+            found = re.search(rf"(?m)^\s*machine\s+{re.escape(host)}\s+login\s+{re.escape(user)}"
+                              r"\s+password\s+([^\s\"]\S*)", file.read())
+        if found and private:
+            return found[1]
+        login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, netrc.NetrcParseError) as error:
         refuse("~/.netrc", f"cannot be used ({error}): mend it, or set XNAT_PASS")
-    if login == user:
-        return password or ""
-    return found[1] if found else ""
+    return password or "" if login == user else ""
 
 
 def check_tools(programs: Programs, teller: Teller) -> None:

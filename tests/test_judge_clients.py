@@ -18,13 +18,13 @@ from tests.support import missing, sealed_environment
 from tests.test_fault_table import FaultTest
 from tests.xnat_standin import Standin
 
+ONCE = True  # the Python that it runs on makes no difference
+
 A, B, C = "007/pre/A_0001", "007/pre/B_0002", "008/pre/C_0003"
 
 # Each script has `url`, `given` (a list of words) and `tell` (prints the answer as JSON).
 START = """
 import json, sys, types
-
-ONCE = True  # the Python that it runs on makes no difference
 url, *given = sys.argv[1:]
 def tell(value):
     print("ANSWER " + json.dumps(value))

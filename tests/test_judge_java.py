@@ -19,13 +19,13 @@ from tests.dicom import dicom_file, uid, write_series
 from tests.support import UploadTest, missing, need, sealed_environment, variation
 from tests.xnat_standin import Standin
 
+ONCE = True  # the Python that it runs on makes no difference
+
 JAVA = r"""
 import java.io.*;
 import java.nio.charset.StandardCharsets;
 import java.security.MessageDigest;
 import java.util.zip.*;
-
-ONCE = True  # the Python that it runs on makes no difference
 
 /** Reads paths of zips, a line each; answers with a line for each entry, then one with a dot. */
 public class ReadZips {

@@ -21,6 +21,8 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+ONCE = True  # the Python that it runs on makes no difference
+
 TOP = Path(__file__).resolve().parent.parent
 PROGRAM = TOP / "dicomUpload.py"
 UPLOAD = TOP / "runupload.sh"
@@ -36,8 +38,6 @@ SETTINGS = {
 
 RECORDER = """#!{python} -I
 import json, os, signal, sys
-
-ONCE = True  # the Python that it runs on makes no difference
 
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 answers = {{"--version": "{version}", "image": "{title}"}}

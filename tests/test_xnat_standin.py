@@ -912,7 +912,7 @@ class CommitsAndTheArchive(Case):
         self.assertEqual(xnat.prearchive[0].status, "RECEIVING")
 
     def test_the_idle_thread_archives_what_it_finds(self) -> None:
-        xnat = self.start(idle_seconds=0.05, tick_seconds=0.02)
+        xnat = self.start(idle_seconds=1, tick_seconds=0.02)
         self.send(images(3))
         self.send(images(2), PROJECT_ID="MANUAL", EXPT_LABEL="by_hand")
         self.assertTrue(xnat.wait_for(lambda: len(xnat.archived_by_idle) == 2))
