@@ -4,11 +4,13 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 from tests.dicom import uid, write_series
 from tests.support import UploadTest, need
 from tests.support import load_tests as load_tests  # several at a time
+from tests.xnat_standin import Standin
 
 IMPORT = "POST /data/services/import"
 
@@ -36,30 +38,27 @@ class SecondReview(UploadTest):
             self.assertEqual(ran.status, 0, ran.text)
             self.assertEqual(len(server.stored("007_pre")), 400)
 
-    def test_a_terminal_that_is_gone_does_not_stop_the_upload(self) -> None:
+    def lose_terminal(self, server: Standin, seconds: float) -> "subprocess.Popen[str]":
+        """A run whose terminal goes away while its first import takes so long."""
         self.tree()
         master, slave = os.openpty()
+        server.fail("stall", IMPORT, seconds=seconds)
+        process = self.start(self.arguments(server.url), {"TERM": "xterm"}, stdout=slave,
+                             stderr=slave, start_new_session=True)
+        os.close(slave)
+        self.assertTrue(server.wait_for(server.imports, 20))
+        os.close(master)
+        return process
+
+    def test_a_terminal_that_is_gone_does_not_stop_the_upload(self) -> None:
         with self.xnat() as server:
-            server.fail("stall", IMPORT, seconds=1)
-            process = self.start(self.arguments(server.url), {"TERM": "xterm"}, stdout=slave,
-                                 stderr=slave, start_new_session=True)
-            os.close(slave)
-            self.assertTrue(server.wait_for(server.imports, 20))
-            os.close(master)
-            self.assertEqual(process.wait(30), 0)
+            self.assertEqual(self.lose_terminal(server, 1).wait(30), 0)
             self.assertEqual(len(server.stored("007_pre")), 4)
         self.assertEqual([row["status"] for row in self.report()], ["sent", "sent"])
 
     def test_a_hang_up_with_a_dead_terminal_still_ends_in_order(self) -> None:
-        self.tree()
-        master, slave = os.openpty()
         with self.xnat() as server:
-            server.fail("stall", IMPORT, seconds=60)
-            process = self.start(self.arguments(server.url), {"TERM": "xterm"}, stdout=slave,
-                                 stderr=slave, start_new_session=True)
-            os.close(slave)
-            self.assertTrue(server.wait_for(server.imports, 20))
-            os.close(master)
+            process = self.lose_terminal(server, 60)
             process.send_signal(signal.SIGHUP)
             self.assertEqual(process.wait(30), 129)
         self.assertEqual(len(self.report()), 2)
