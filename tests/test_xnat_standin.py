@@ -1163,15 +1163,15 @@ class Races(Case):
         self.assertIn("as request 1 did at the same time", self.xnat.abuses[0])
 
     def test_sessions_are_independent(self) -> None:
-        xnat = self.start(seconds_per_file=0.1)
-        began = time.monotonic()
-        threads = [threading.Thread(target=self.send, args=(images(2),),
+        all_in = threading.Barrier(4)  # each goes on only once four are being imported
+        xnat = self.start(reject=lambda _: all_in.wait(20) < 0)
+        threads = [threading.Thread(target=self.send, args=(images(1),),
                                     kwargs={"EXPT_LABEL": str(number)}) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertLess(time.monotonic() - began, 0.6)
+        self.assertFalse(all_in.broken)
         self.assertEqual((len(xnat.prearchive), xnat.abuses), (4, []))
 
 
@@ -1245,7 +1245,7 @@ class FaultsToInject(Case):
                 self.assertEqual(self.count(), stored)
                 began = time.monotonic()
                 self.xnat.__exit__(None, None, None)
-                self.assertLess(time.monotonic() - began, 1)
+                self.assertLess(time.monotonic() - began, 10)
 
     def test_a_truncated_answer(self) -> None:
         self.inject("truncate")
@@ -1507,7 +1507,7 @@ class ForBenchmarks(Case):
         for thread in threads:
             thread.join()
         self.assertGreater(time.monotonic() - began, 0.35)
-        self.assertLess(time.monotonic() - began, 1.5)
+        self.assertLess(time.monotonic() - began, 10)
 
     def test_drained_uploads_are_counted_by_their_names(self) -> None:
         xnat = self.start(drain=True)
