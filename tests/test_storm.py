@@ -2,7 +2,7 @@
 
 Forty sessions; the server refuses, hangs up, forgets sessions and answers too late; the uploader
 is stopped and killed, at moments that the server's own events decide. The seeds are those in
-DICOMUPLOAD_TEST_SEED, or five with DICOMUPLOAD_TEST_ALL=1; else none, to keep the suite short.
+DICOMUPLOAD_TEST_SEED, or three with DICOMUPLOAD_TEST_ALL=1; else none, to keep the suite short.
 `python3 -m tests.test_storm SEED...` plays chosen ones and says what happened.
 """
 
@@ -28,7 +28,7 @@ ONCE = True  # the Python that it runs on makes no difference
 SESSIONS = 40
 FAULTS = 30
 RUNS = 12       # by then it must have ended with 0
-SEEDS = 4, 1, 14, 15, 16    # 14 and 15 have found a commit taken for lost while it went on
+SEEDS = 4, 14, 15    # 14 and 15 have found a commit taken for lost while it went on
 STOPS = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
 
 # What may happen to a request; the arguments are drawn.
