@@ -27,8 +27,8 @@ SCRIPT = ROOT / "dicomUpload.py"
 EXCLUSIONS = ROOT / "Exclusions.json"
 WIDTH = 8  # tests at a time, where a module asks for it
 # .ci/run plays what depends on no Python (modules with ONCE, variations) on its first one only.
-AGAIN = os.environ.get("DICOMUPLOAD_TEST_ONCE") == "done"
-WHOLE = os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not AGAIN
+ELSEWHERE = os.environ.get("DICOMUPLOAD_TEST_ONCE") == "done"
+WHOLE = os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not ELSEWHERE
 
 
 class Ran(NamedTuple):
@@ -252,7 +252,7 @@ def load_all(loader: unittest.TestLoader) -> unittest.TestSuite:
     crowd, others = [], []
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         tests = loader.loadTestsFromName(f"tests.{path.stem}")
-        if AGAIN and getattr(sys.modules.get(f"tests.{path.stem}"), "ONCE", False):
+        if ELSEWHERE and getattr(sys.modules.get(f"tests.{path.stem}"), "ONCE", False):
             continue
         (crowd if isinstance(tests, SideBySide) else others).append(tests)
     return unittest.TestSuite([SideBySide(crowd), *others])
