@@ -1580,6 +1580,8 @@ class Run:
             while self._start_jobs():
                 with suppress(Empty):
                     self._take(*self.done.get(timeout=0.25))
+                if self.teller.stopped:  # by a signal that came where Python drops exceptions
+                    raise self.teller.stopped
                 self.teller.progress()
         except BaseException:
             self.xnat.programs.stop()
@@ -1776,6 +1778,7 @@ class Teller:
         self.failures: List[str] = []
         self.report_path = ""
         self.quiet = self.verbose = False
+        self.stopped: Optional[Stop] = None  # by a signal
         self._sessions: Counter[str] = Counter()
         self._series: Counter[str] = Counter()
         self._files = self._bytes = self._zipped = 0
@@ -2370,15 +2373,20 @@ def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
     return status or (SOME_FAILED if teller.failures else ALL_THERE)
 
 
-def stop_on_signals() -> None:
+def stop_on_signals(teller: Teller) -> None:
     """A first signal ends the run in order, a second one at once."""
-    came: List[int] = []
 
     def stop(number: int, _: object) -> None:
-        if came:
+        if teller.stopped:
             os._exit(128 + number)
-        came.append(number)
-        raise Stop(f"stopped by {signal.Signals(number).name}", 128 + number)
+        teller.stopped = Stop(f"stopped by {signal.Signals(number).name}", 128 + number)
+        raise teller.stopped
+
+    def lost(unraisable: Any) -> None:  # Python drops what is raised within a __del__
+        if unraisable.exc_value is not teller.stopped:
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = lost
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores HUP, and is right
@@ -2392,7 +2400,7 @@ def main() -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")
     teller = Teller()
     try:
-        stop_on_signals()
+        stop_on_signals(teller)
         return upload(read_options(sys.argv[1:]), teller)
     except (Stop, Trouble) as end:
         teller.say(str(end), getattr(end, "drawing", ""))

@@ -63,6 +63,27 @@ class SecondReview(UploadTest):
             self.assertEqual(process.wait(30), 129)
         self.assertEqual(len(self.report()), 2)
 
+    def test_a_signal_that_comes_where_python_drops_exceptions_still_stops_the_run(self) -> None:
+        self.tree()
+        program = ("import os, signal, sys, time, dicomUpload\n"
+                   "class Late:\n"
+                   "    def __del__(self):\n"
+                   "        os.kill(os.getpid(), signal.SIGTERM)\n"
+                   "        time.sleep(0.1)\n"
+                   "real = dicomUpload.Xnat.meet\n"
+                   "def meet(self):\n"
+                   "    Late()\n"
+                   "    real(self)\n"
+                   "dicomUpload.Xnat.meet = meet\n"
+                   "sys.exit(dicomUpload.main())")
+        with self.xnat() as server:
+            arguments = self.arguments(server.url)
+            ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
+                                   {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+            self.assertEqual(ran.status, 143, ran.text)
+            self.assertEqual(server.commits(), [])
+        self.assertIn("stopped by SIGTERM", ran.err)
+
     def test_parts_packed_ahead_know_where_the_first_one_went(self) -> None:
         self.tree("007/pre/A_0001", files=3)
         with self.xnat(idle_seconds=0.8) as server:
