@@ -351,14 +351,13 @@ def leads_back(entry: os.DirEntry[str]) -> bool:
 
 def lies_in(path: str, folder: str) -> bool:
     """Whether `path` is `folder`, or lies in it."""
-    above = os.path.realpath(folder)
-    return os.path.commonpath([above, os.path.realpath(path)]) == above
+    return os.path.realpath(folder) in and_above(path)
 
 
 def and_above(path: str) -> List[str]:
     """The real path of a folder, and of all folders above it."""
     real = os.path.realpath(path)
-    return [real] + [real[:at] for at, each in enumerate(real) if each == "/"]
+    return [real] + [real[:at] or "/" for at, each in enumerate(real) if each == "/"]
 
 
 def clean_label(text: str) -> str:
@@ -412,13 +411,11 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
     junk: List[str] = []
     problems: List[str] = []
     entries = list(os.scandir(folder))
-    links: List[os.DirEntry[str]] = []  # to folders: followed when all real folders are read
+    links: List[Tuple[str, os.DirEntry[str]]] = []  # to folders: after all real ones, by path
     read = {os.path.realpath(folder)}  # folders that link to each other have paths without end
     while entries or links:
         linked = not entries
-        if linked:
-            links.sort(key=lambda each: each.path, reverse=True)  # in whatever order they are found
-        entry = links.pop() if linked else entries.pop()
+        entry = heapq.heappop(links)[1] if linked else entries.pop()
         name = entry.path[len(folder) + 1:]
         try:
             if not entry.is_dir():
@@ -426,7 +423,7 @@ def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
             elif not entry.is_symlink():
                 entries += os.scandir(entry.path)
             elif not linked:
-                links.append(entry)
+                heapq.heappush(links, (entry.path, entry))
             elif leads_back(entry) or not read.isdisjoint(and_above(entry.path)):
                 junk.append(f"{name} (a link to a folder above it, or one that is read already)")
             else:
@@ -1810,21 +1807,24 @@ class Teller:
 
     def log(self, text: str) -> None:
         """A line for the log only; with --verbose on stderr too."""
-        self._write("log", f"{now()} {printable(text)}\n")
+        self._keep(text)
         if self.verbose:
             self._show(sys.stderr, f"  {text}")
 
     def line(self, text: str = "", important: bool = True) -> None:
         """A result: a line on stdout and in the log. --quiet shows only what is `important`."""
-        self._write("log", f"{now()} {printable(text)}\n")
+        self._keep(text)
         if important or not self.quiet:
             self._show(sys.stdout, text)
 
     def say(self, text: str, drawing: str = "") -> None:
         """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
-        self._write("log", f"{now()} {printable(text)}\n")
+        self._keep(text)
         for line in (f"dicomUpload: {text}", *drawing.splitlines()):
             self._show(sys.stderr, line)
+
+    def _keep(self, text: str) -> None:
+        self._write("log", f"{now()} {printable(text)}\n")
 
     def _write(self, kind: str, text: str) -> None:
         with self._lock:
@@ -1915,9 +1915,8 @@ class Teller:
                   f"{size(self._goal[1])}), {left_out:,} left out", important=False)
         if plan.not_chosen:
             self.line(f"{plural(plan.not_chosen, 'session')} left out by --only", important=False)
-        junk, named = sum(each.not_dicom for _, each in pairs), ""
-        if self._handles:
-            named = " (named in the log)"
+        named = " (named in the log)" if self._handles else ""
+        junk = sum(each.not_dicom for _, each in pairs)
         if junk:
             self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent")
         if plan.strays:
@@ -1942,18 +1941,16 @@ class Teller:
             self.line(f"{session.path} goes to subject {session.subject_label}, session "
                       f"{session.label}{'' if session.series else ': nothing to send'}",
                       important=False)
-            for tally in Journey(session, ledger.of(session), settings).tallies:
+            journey = Journey(session, ledger.of(session), settings)
+            for tally in journey.tallies:
                 detail = tally.message
                 if not tally.status:
                     files = sum(part.stop - part.start for part in tally.parts)
                     total = sum(part.bytes for part in tally.parts)
                     detail = f"{plural(files, 'file'):>11}  {size(total):>8}"
-                    if ledger.of(session).has_changed(tally.series):
+                    if journey.memory.has_changed(tally.series):
                         detail += "  (has changed since it was sent)"
-                elif tally.status == "not sent":
-                    self.failures.append(f"{session.label} {tally.series.name}: {tally.message}")
-                self._series_line(session.label, tally.series, tally.status or "would send", detail,
-                                  important=tally.status == "not sent")
+                self._series_line(session.label, tally.series, tally.status or "would send", detail)
         self.line()
         for each in not_dicom[:20]:
             self.line(each)
@@ -1975,13 +1972,14 @@ class Teller:
 
     # After
 
-    def _series_line(self, label: str, series: Series, status: str, detail: str,
-                     important: bool = True) -> None:
-        widths = self._widths
+    def _series_line(self, label: str, series: Series, status: str, detail: str) -> None:
+        widths, failed = self._widths, status == "not sent"
+        if failed:
+            self.failures.append(f"{label} {series.name}: {detail}")
         if series.not_dicom and series.files:
             detail += f"  ({series.not_dicom} not DICOM)"
         self.line(f"{label:<{widths[0]}}  {printable(series.name):<{widths[1]}}  {status:<13} "
-                  f"{detail}".rstrip(), important)
+                  f"{detail}".rstrip(), important=failed)
 
     def series(self, session: Session, tally: Tally) -> None:
         """One line for a series that is settled."""
@@ -1991,10 +1989,7 @@ class Teller:
             detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.bytes):>8}  "
                       f"{tally.seconds:.1f} s")
             self._zipped += tally.zipped
-        elif tally.status == "not sent":
-            self.failures.append(f"{session.label} {tally.series.name}: {tally.message}")
-        self._series_line(session.label, tally.series, tally.status, detail,
-                          important=tally.status == "not sent")
+        self._series_line(session.label, tally.series, tally.status, detail)
 
     def report(self, session: Session, tally: Tally) -> None:
         """One row in the report."""

@@ -6,21 +6,18 @@ A run against the stand-in XNAT on a slow line, with one series that cannot be s
 of 100 columns. Only the server's name and the folder's are replaced.
 """
 
-import fcntl
 import os
-import pty
 import re
 import shlex
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
 from pathlib import Path
 from typing import List
 
 from tests.dicom import readme_tree
-from tests.support import EXCLUSIONS, ROOT, SCRIPT, sealed_environment
+from tests.support import (EXCLUSIONS, ROOT, SCRIPT, open_terminal, sealed_environment,
+                           shown_on)
 from tests.xnat_standin import Standin
 
 URL = "https://xnat.example.org"
@@ -29,24 +26,15 @@ BLOCK = re.compile(r"```\n\$ python3 dicomUpload\.py .*?\n```", re.DOTALL)
 
 def run_on_terminal(command: List[str], folder: Path) -> str:
     """All that a terminal is shown by a command."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    master, slave = open_terminal(100)
     process = subprocess.Popen(command, cwd=str(folder), stdin=subprocess.DEVNULL, stdout=slave,
                                stderr=slave, env=sealed_environment(
                                    folder, XNAT_PASS="s3cret", TERM="xterm"))
     os.close(slave)
-    shown = b""
-    try:
-        while True:
-            piece = os.read(master, 4096)
-            if not piece:
-                break
-            shown += piece
-    except OSError:  # the other end is closed, on Linux
-        pass
+    shown = shown_on(master)
     os.close(master)
     process.wait()
-    return shown.decode().replace("\r\n", "\n")
+    return shown.replace("\r\n", "\n")
 
 
 def still(shown: str) -> List[str]:

@@ -67,6 +67,32 @@ def drop_root_rights() -> None:
             libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
+def open_terminal(columns: int = 0) -> Tuple[int, int]:
+    """Both ends of a terminal of this width."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    return master, slave
+
+
+def shown_on(master: int, last: bytes = b"\0") -> str:
+    """What is shown on a terminal until its other end is closed, or this is shown last."""
+    shown = b""
+    with contextlib.suppress(OSError):  # closed, on Linux
+        while not shown.endswith(last) and select.select([master], [], [], 20)[0]:
+            shown += os.read(master, 1024) or last
+    return shown.decode()
+
+
+@contextlib.contextmanager
+def alone(test: unittest.TestCase) -> Iterator[Any]:
+    """A test outside of any suite: set up, and cleaned up after."""
+    test.setUp()
+    try:
+        yield test
+    finally:
+        test.doCleanups()
+
+
 def take_terminal() -> None:
     """In a child, before exec: let the terminal on standard input be its own."""
     os.setsid()
@@ -154,18 +180,9 @@ class UploadTest(unittest.TestCase):
 
     def terminal(self, columns: int = 0) -> Tuple[int, int]:
         """Both ends of a terminal; the test closes the second."""
-        master, slave = pty.openpty()
+        master, slave = open_terminal(columns)
         self.addCleanup(os.close, master)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         return master, slave
-
-    def shown(self, master: int, last: bytes = b"\0") -> str:
-        """What is shown on a terminal until its other end is closed, or this is shown last."""
-        shown = b""
-        with contextlib.suppress(OSError):  # closed, on Linux
-            while not shown.endswith(last) and select.select([master], [], [], 20)[0]:
-                shown += os.read(master, 1024) or last
-        return shown.decode()
 
     def report(self) -> List[Dict[str, str]]:
         """The rows of the newest report."""

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from tests.dicom import (README_TREE, dicom_file, dicomdir_file, digests, readme_tree, uid,
                          write_series)
 from tests.support import (EXCLUSIONS, ROOT, SCRIPT, Ran, UploadTest, drop_root_rights, missing,
-                           need, take_terminal)
+                           need, shown_on, take_terminal)
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import Standin, User
 
@@ -1086,13 +1086,13 @@ class Password(BadInputTest):
         with self.xnat() as server:
             process = self.start(self.arguments(server.url, password="-"), stdin=slave,
                                  preexec_fn=take_terminal)
-            shown = self.shown(master, b": ")
+            shown = shown_on(master, b": ")
             self.assertIn("alice", shown)
             self.assertFalse(termios.tcgetattr(slave)[3] & termios.ECHO)
             os.close(slave)
             os.write(master, b"s3cret\n")
             out, err = process.communicate(timeout=30)
-            shown += self.shown(master)
+            shown += shown_on(master)
             self.assertEqual(process.returncode, 0, out + err)
             self.assert_archived(server, "007_pre", self.wanted)
         self.assertNotIn("s3cret", shown)

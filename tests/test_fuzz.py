@@ -29,7 +29,7 @@ from unittest import mock
 
 import dicomUpload
 from tests.dicom import dicom_file, dicomdir_file, uid, write_series
-from tests.support import WHOLE, Ran, UploadTest
+from tests.support import WHOLE, Ran, UploadTest, alone
 from tests.xnat_standin import Fault, Standin
 
 LONG = 3 if WHOLE else 1
@@ -677,16 +677,13 @@ def main(seconds: float, first: int, games: List[str]) -> int:
             if time.monotonic() > end:
                 print(f"{played} games played, {lost} lost")
                 return lost
-            fuzz = FuzzTest()
-            fuzz.setUp()
             played += 1
             try:
-                getattr(fuzz, f"play_{game}")(seed)
+                with alone(FuzzTest()) as fuzz:
+                    getattr(fuzz, f"play_{game}")(seed)
             except Exception:
                 lost += 1
                 print(f"--- {game} {seed} LOST\n{traceback.format_exc()}", flush=True)
-            finally:
-                fuzz.doCleanups()
     return lost
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 from tests.dicom import readme_tree, uid, write_series
-from tests.support import EXCLUSIONS, ROOT, UploadTest, missing
+from tests.support import EXCLUSIONS, ROOT, UploadTest, missing, shown_on
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import User
 
@@ -125,7 +125,7 @@ class Progress(UploadTest):
             process = self.start(self.arguments(server.url, *options), {"TERM": "xterm"},
                                  stdout=slave, stderr=slave, **more)
             os.close(slave)
-            shown = self.shown(master)
+            shown = shown_on(master)
             self.assertEqual(process.wait(PATIENT), 0, shown)
         return shown
 
@@ -176,7 +176,7 @@ class Progress(UploadTest):
             process = self.start(self.arguments(server.url), {"TERM": "dumb"}, stdout=slave,
                                  stderr=slave)
             os.close(slave)
-            shown = self.shown(master).replace("\r\n", "\n")
+            shown = shown_on(master).replace("\r\n", "\n")
             self.assertEqual(process.wait(PATIENT), 0, shown)
         self.assertIn("All is there.", shown)
         self.assertNotRegex(shown, r"[\r\x1b]")

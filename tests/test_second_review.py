@@ -121,8 +121,8 @@ class SecondReview(UploadTest):
         self.work.mkdir()
         (self.work / "dicomUpload.zips").symlink_to(scratch)
         (self.folder / "note.txt").write_text("x")
-        need(self, "zip")
-        os.system(f"cd {self.folder} && zip -q {scratch}/part-1.zip note.txt")
+        subprocess.run([need(self, "zip"), "-q", str(scratch / "part-1.zip"), "note.txt"],
+                       cwd=str(self.folder), check=True)
         with self.xnat() as server:
             ran = self.upload(server)
             self.assertEqual(ran.status, 0, ran.text)

@@ -17,7 +17,7 @@ from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Set, Tuple
 
 from tests.dicom import uid, write_series
-from tests.support import Ran
+from tests.support import Ran, alone
 from tests.support import load_tests as load_tests  # seeds go side by side
 from tests.test_fault_table import HEALING
 from tests.test_signals_and_disk import RunningTest as _RunningTest
@@ -223,15 +223,12 @@ def main(chosen: List[str]) -> int:
     """Play chosen seeds, one after another; the number of those that were lost."""
     lost = 0
     for seed in map(int, chosen):
-        storm = AStorm()
-        storm.setUp()
         try:
-            print(storm.weather(seed), flush=True)
+            with alone(AStorm()) as storm:
+                print(storm.weather(seed), flush=True)
         except (AssertionError, OSError) as error:
             lost += 1
             print(f"seed {seed} LOST: {error}", flush=True)
-        finally:
-            storm.doCleanups()
     return lost
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import dicomUpload
 from tests.dicom import digests, uid, write_series
-from tests.support import Ran, need, slow, take_terminal
+from tests.support import Ran, need, shown_on, slow, take_terminal
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.test_fault_table import COMMIT, HELD, IMPORT, LOGIN, FaultTest
 from tests.test_signals_and_disk import RunningTest, until
@@ -374,7 +374,7 @@ class WhatIsShown(AnswerTest):
             process = self.start(self.arguments(server.url, "--max-files", "1"),
                                  {"TERM": "xterm"}, stderr=slave)
             os.close(slave)
-            shown = self.shown(master)
+            shown = shown_on(master)
             out, _ = process.communicate(timeout=30)
             self.assertEqual(process.returncode, 0, out)
             self.assertEqual(len(server.imports()), 4)
@@ -388,7 +388,7 @@ class WhatIsShown(AnswerTest):
             process = self.start(self.arguments(server.url, password="-"), stdin=slave,
                                  preexec_fn=take_terminal)
             os.close(slave)
-            self.assertIn("alice", self.shown(master, b": "))
+            self.assertIn("alice", shown_on(master, b": "))
             os.write(master, b"\x04")
             out, err = process.communicate(timeout=30)
             self.assertEqual(process.returncode, 2, out + err)
