@@ -516,6 +516,27 @@ class HowAZipIsRead(Case):
             element(0x18, b"UI", b"2.25.7\0\0"))
         self.assertEqual((image.sop_class, image.sop_instance), ("1.2.3", "2.25.7"))
 
+    def test_what_deflates_well_is_read_whole_whatever_its_size(self) -> None:
+        piece = xnat_standin.PIECE
+        for size in 8 * piece - 1, 8 * piece, 8 * piece + 1, 2 << 20, (3 << 20) + 7:
+            for unit in b"\0", b"\0" * 31 + b"x", os.urandom(4000):
+                data = (unit * (size // len(unit) + 1))[:size]
+                for pipe in False, True:  # without and with a data descriptor
+                    packed = zipped({"a": data, "b": b"the next"}, pipe=pipe)
+                    for step in piece, 1000:
+                        more = iter(packed[at:at + step] for at in range(0, len(packed), step))
+                        stream = xnat_standin.Stream(lambda more=more: next(more, b""))
+                        found = [(entry.name, b"".join(entry.chunks) in (data, b"the next"))
+                                 for entry in xnat_standin.zip_entries(stream)]
+                        self.assertEqual(found, [("a", True), ("b", True)], (size, unit[:9], pipe))
+
+    def test_a_large_image_that_deflates_well_is_taken(self) -> None:
+        self.start()
+        for pipe in False, True:
+            data = zipped(images(1, pixels=bytes(2 << 20)), pipe=pipe)
+            self.assertEqual(self.send(data).status, 200)
+        self.assertEqual([file.damaged for file in self.xnat.files("007_pre")], [False])
+
     def test_a_copy_of_each_posted_file_is_kept_where_that_is_asked_for(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.start(keep=folder)

@@ -677,7 +677,8 @@ def _inflated(stream: Stream, local: Local) -> Iterator[bytes]:
             raise ZipTrouble(str(error)) from None
         if not data and not out:
             raise ZipTrouble("Unexpected end of ZLIB input stream")
-        packed += len(data) - len(inflater.unconsumed_tail) - len(inflater.unused_data)
+        # At its end the inflater shows what is left in both places.
+        packed += len(data) - len(inflater.unused_data or inflater.unconsumed_tail)
         size += len(out)
         crc = zlib.crc32(out, crc)
         if out:
