@@ -18,9 +18,10 @@ import threading
 import time
 import unittest
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from tests import xnat_standin
 from tests.dicom import README_TREE, dicom_file, dicomdir_file, digests, readme_tree, uid
@@ -525,7 +526,7 @@ class HowAZipIsRead(Case):
                     packed = zipped({"a": data, "b": b"the next"}, pipe=pipe)
                     for step in piece, 1000:
                         more = iter(packed[at:at + step] for at in range(0, len(packed), step))
-                        stream = xnat_standin.Stream(lambda more=more: next(more, b""))
+                        stream = xnat_standin.Stream(partial(next, more, b""))
                         found = [(entry.name, b"".join(entry.chunks) in (data, b"the next"))
                                  for entry in xnat_standin.zip_entries(stream)]
                         self.assertEqual(found, [("a", True), ("b", True)], (size, unit[:9], pipe))
@@ -1155,6 +1156,99 @@ class WhatCanBeRead(Case):
                               login=None)
             self.assertEqual(reply.status, status)
             self.assertEqual("Set-Cookie" in reply.headers, status == 200)
+
+
+SESSION = "/data/projects/BRAIN/subjects/007/experiments/007_pre"
+
+
+class WhatASessionHolds(Case):
+    """Section 13.1."""
+
+    def get(self, path: str, **params: str) -> List[Dict[str, str]]:
+        """The rows of a table."""
+        reply = self.call("GET", path, format="json", **params)
+        self.assertEqual(reply.status, 200, reply.text)
+        return reply.rows
+
+    def counts(self, what: str = "/scans/ALL/resources",
+               **params: str) -> List[Tuple[str, str, str]]:
+        """Scan, count and size of each resource."""
+        return [(row["cat_id"], row["file_count"], row["file_size"])
+                for row in self.get(SESSION + what, **params)]
+
+    def test_scans_tell_their_series_and_unknown_columns_are_passed_over(self) -> None:
+        self.start()
+        self.archived({**images(2, description="T1"), **images(1, number=2, description="T2")})
+        for columns in "ID,UID,series_description", "ID,nonsense,UID,xnat:a/b,series_description":
+            rows = self.get(SESSION + "/scans", columns=columns)
+            self.assertEqual([[row["ID"], row["UID"], row["series_description"]] for row in rows],
+                             [["1", uid(STUDY, 1), "T1"], ["2", uid(STUDY, 2), "T2"]])
+            self.assertEqual(set(rows[0]), {"ID", "UID", "series_description", "URI"})
+        self.assertNotIn("UID", self.get(SESSION + "/scans")[0])
+        [row, _] = self.get(SESSION + "/scans", columns="ID,type,quality,xsiType,frames,modality")
+        self.assertEqual((row["frames"], row["modality"]), ("2", "MR"))
+
+    def test_the_resources_of_all_scans_come_in_one_answer(self) -> None:
+        self.start()
+        self.archived({**images(2), **images(1, number=2)})
+        counts = self.counts()
+        self.assertEqual([(scan, count) for scan, count, _ in counts], [("1", "2"), ("2", "1")])
+        self.assertGreater(int(counts[0][2]), 1000)
+        for what in "/scans/*/resources", "/scans/%2A/resources", "/resources?all=true":
+            path, _, query = what.partition("?")
+            self.assertEqual(self.counts(path, **dict(parse_qsl(query))), counts, what)
+        self.assertEqual(self.counts("/resources"), [])
+
+    def test_statistics_may_be_blank_until_they_are_asked_for(self) -> None:
+        self.start(statistics="on request")
+        self.archived({**images(2), **images(1, number=2)})
+        blank = [("1", "", ""), ("2", "", "")]
+        for what in "/scans/ALL/resources", "/resources":
+            self.assertEqual(self.counts(what, all="true"), blank)
+        self.assertEqual(self.counts("/scans/1/resources"), blank[:1])
+        asked = self.counts(cache_file_stats="true")
+        self.assertEqual([count for _, count, _ in asked], ["2", "1"])
+        self.assertEqual(self.counts(), asked)  # they are kept...
+        self.archived(images(1, first=3))
+        self.assertEqual(self.counts(), [blank[0], asked[1]])  # ...until the scan changes
+
+    def test_statistics_may_stay_blank_and_the_names_are_there_all_the_same(self) -> None:
+        xnat = self.start(statistics="never")
+        self.archived(images(2))
+        self.assertEqual(self.counts(cache_file_stats="true"), [("1", "", "")])
+        names = SESSION + "/scans/1/resources/DICOM/files"
+        self.assertEqual([row["Name"] for row in self.get(names)], ["IM0001.dcm", "IM0002.dcm"])
+        xnat.knobs.file_names = False
+        self.assertEqual(self.get(names), [])
+
+    def test_a_project_s_sessions_tell_label_subject_and_study(self) -> None:
+        xnat = self.start()
+        self.archived(images(1))
+        self.archived(images(1, study=uid("b")), EXPT_LABEL="b", SUBJECT_ID="008")
+        self.archived(images(1), PROJECT_ID="OVER")
+        wanted = {"project": "BRAIN", "xsiType": "xnat:imageSessionData",
+                  "columns": "label,subject_label,UID"}
+        rows = self.get("/data/experiments", **wanted)
+        self.assertEqual([(row["label"], row["subject_label"], row["uid"]) for row in rows],
+                         [("007_pre", "007", STUDY), ("b", "008", uid("b"))])
+        xnat.knobs.refuse_lists = ["archive"]
+        self.assertEqual(self.call("GET", "/data/experiments", **wanted).status, 403)
+        self.assertEqual(self.call("GET", SESSION + "/scans").status, 200)
+
+    def test_a_project_s_prearchive_may_be_refused(self) -> None:
+        self.start(refuse_lists=["prearchive"])
+        address = self.send(images(1)).lines[0]
+        self.assertEqual(self.call("GET", "/data/prearchive/projects/BRAIN").status, 403)
+        self.assertEqual(self.call("GET", address + "?format=json").status, 200)
+
+    def test_what_people_made_by_hand_may_have_no_uid(self) -> None:
+        xnat = self.start()
+        xnat.make_session("BRAIN", "007_pre")
+        xnat.make_scan("BRAIN", "007_pre", "1")
+        xnat.make_scan("BRAIN", "007_pre", "2", uid="1.2.3")
+        rows = self.get(SESSION + "/scans", columns="ID,UID")
+        self.assertEqual([row["UID"] for row in rows], ["", "1.2.3"])
+        self.assertEqual(self.counts(), [("1", "0", "0"), ("2", "0", "0")])
 
 
 class Races(Case):

@@ -93,7 +93,10 @@ class Knobs:
     drain: bool = False               # take the bytes, read only the first file: for benchmarks
     route_by_header: bool = False     # an unknown project: StudyDescription may name one
     snapshots: bool = False           # archived scans have a SNAPSHOTS resource too
-    all_scans: bool = True            # scans/ALL stands for all of them, in the archive
+    all_scans: bool = True            # scans/ALL, and *, stand for all of them, in the archive
+    statistics: str = "stored"        # of resources; "on request" and "never": blank (13.1)
+    file_names: bool = True           # False: scans/N/resources/DICOM/files is an empty list
+    refuse_lists: Collection[str] = ()  # "archive", "prearchive": a project's list is a 403
     keep: str = ""                    # a folder that gets each file of a form, for other judges
     reject: Union[Collection[str], Callable[[str], bool]] = ()  # series XNAT's filter throws away
 
@@ -155,6 +158,11 @@ class Stored:
 Scans = Dict[str, Dict[str, Stored]]  # scan id -> file name -> file
 
 
+def series_uid(files: Mapping[str, Stored]) -> str:
+    """The Series Instance UID of a scan with these files."""
+    return next((file.series for file in files.values()), "")
+
+
 @dataclass
 class Row:
     """One session in the prearchive (section 5)."""
@@ -188,6 +196,8 @@ class Session:
     uid: str
     number: int
     scans: Scans = field(default_factory=dict)
+    by_hand: Dict[str, str] = field(default_factory=dict)  # UIDs of scans that somebody made
+    counted: Set[str] = field(default_factory=set)  # scans whose statistics were asked for
 
     @property
     def id(self) -> str:
@@ -204,6 +214,10 @@ class Session:
     def files(self) -> List[Stored]:
         """All its files."""
         return [file for files in self.scans.values() for file in files.values()]
+
+    def series(self, scan: str) -> str:
+        """The Series Instance UID of a scan; one that was made by hand may have none."""
+        return self.by_hand.get(scan, series_uid(self.scans[scan]))
 
 
 @dataclass(frozen=True)
@@ -1017,13 +1031,18 @@ class Store:
             raise Refused(500, "Identifiers cannot use special characters.")
         subject = self._known_subject(row.project, subject)
         session = self.archive.get((row.project, label))
-        if session is None:
-            self._count += 1
-            session = Session(row.project, label, subject, row.tag, self._count)
         self._refuse(row, session, subject, overwrite)
+        if session is None:
+            session = self.new_session(row.project, label, subject, row.tag)
         self._merge(session, row.built or {})
-        self.archive[row.project, label] = session
         self.remove(row)
+        return session
+
+    def new_session(self, project: str, label: str, subject: str, uid: str) -> Session:
+        """A new session in the archive."""
+        self._count += 1
+        session = Session(project, label, subject, uid, self._count)
+        self.archive[project, label] = session
         return session
 
     def _known_subject(self, project: str, subject: str) -> str:
@@ -1034,12 +1053,14 @@ class Store:
         return subject
 
     @staticmethod
-    def _refuse(row: Row, session: Session, subject: str, overwrite: bool) -> None:
+    def _refuse(row: Row, session: Optional[Session], subject: str, overwrite: bool) -> None:
         """Why a row may not be merged into a session."""
+        if session is None:
+            return
         if session.subject != subject:
             raise Refused(409, "Invalid modification of session subject via archive process.: "
                                "%s Already Exists for another Subject" % session.label)
-        if session.uid != row.tag:
+        if session.uid not in ("", row.tag):
             raise Refused(409, "Invalid modification of session UID via archive process.")
         held = {file.sop_instance for file in session.files}
         sent = {file.sop_instance for files in (row.built or {}).values()
@@ -1061,6 +1082,7 @@ class Store:
                 others = sum(other.startswith(scan + "-MR") for other in session.scans)
                 scan = "%s-MR%d" % (scan, others + 1)
                 held = session.scans.setdefault(scan, {})
+            session.counted.discard(scan)
             for name, file in files.items():
                 name = hash_name(file.sop_instance, scan) if name in held else name
                 held[name] = replace(file, scan=scan, name=name)
@@ -1731,6 +1753,8 @@ def list_prearchive(xnat: "Standin", exchange: Exchange, name: str) -> Answer:
     project = xnat.store.project(exchange.user, name)
     if project is None and not (name == UNASSIGNED and exchange.user.admin):
         raise XnatError(403, "Invalid permissions for retrieving project.")
+    if "prearchive" in xnat.knobs.refuse_lists:
+        raise XnatError(403, "Invalid permissions for retrieving project.")
     place = project.id if project else UNASSIGNED
     return table([row_columns(xnat, row) for row in xnat.prearchive if row.project == place])
 
@@ -1916,7 +1940,7 @@ def experiment_columns(session: Session) -> Dict[str, Any]:
     return {"ID": session.id, "project": session.project, "date": "2020-01-02",
             "xsiType": "xnat:mrSessionData", "label": session.label,
             "insert_date": "2020-01-02 10:15:00.0", "subject_ID": "XNAT_S_" + session.subject,
-            "subject_label": session.subject, "URI": "/data/experiments/" + session.id}
+            "subject_label": session.subject, "uid": session.uid, "URI": "/data/experiments/" + session.id}
 
 
 def named(subject: str, given: str) -> bool:
@@ -1962,7 +1986,10 @@ def list_experiments(xnat: "Standin", exchange: Exchange, name: str,
 
 @route("GET", "/data/experiments")
 def list_all_experiments(xnat: "Standin", exchange: Exchange) -> Answer:
-    """All sessions that the user can read."""
+    """All sessions that the user can read; with project= and columns=, what section 13.1 wants to
+    know of a whole project."""
+    if "archive" in xnat.knobs.refuse_lists:
+        raise XnatError(403, "The request requires user authorization.")
     rows = [experiment_columns(session) for session in xnat.archive.values()
             if xnat.store.project(exchange.user, session.project)]
     return listing(exchange, "Experiments", rows, USUAL)
@@ -1994,9 +2021,11 @@ def show_session(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 
 @route("GET", "(?:/data/experiments/%s|%s)/resources" % (NAME, EXPERIMENT))
 def session_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
-    """What belongs to the session and to none of its scans: nothing."""
-    session_at(xnat, exchange, *place)
-    return table([], title="Resources", totalRecords="0")
+    """What belongs to the session and to none of its scans, which is nothing; with all=true what
+    belongs to its scans as well."""
+    session = session_at(xnat, exchange, *place)
+    scans = list(session.scans) if truthy(exchange.params.get("all")) else []
+    return resources(xnat, exchange, session, scans)
 
 
 # Below a session, XNAT knows the long way and the one by ID, not the one between them.
@@ -2015,10 +2044,13 @@ def row_id(session: Session, scan: str, kind: int = 0) -> int:
     return 100000 * session.number + 10 * list(session.scans).index(scan) + kind
 
 
-def scan_columns(scan: str, files: Mapping[str, Stored]) -> Dict[str, Any]:
+def scan_columns(session: Session, scan: str) -> Dict[str, Any]:
     """One scan."""
-    return {"ID": scan, "type": "", "quality": "usable", "note": "", "series_description":
-            next(iter(files.values())).description if files else ""}
+    files = one_scan(session.scans, scan)
+    description = next((file.description for file in files.values()), "")
+    return {"ID": scan, "type": "", "quality": "usable", "note": "",
+            "series_description": description, "UID": session.series(scan), "modality": "MR",
+            "frames": len(files)}
 
 
 @route("GET", SCANS)
@@ -2026,8 +2058,8 @@ def session_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """Its scans."""
     session = session_at(xnat, exchange, *place)
     rows = [{"xnat_imagescandata_id": row_id(session, scan), "xsiType": "xnat:mrScanData",
-             **scan_columns(scan, files), "URI": "%s/%s" % (exchange.path, scan)}
-            for scan, files in session.scans.items()]
+             **scan_columns(session, scan), "URI": "%s/%s" % (exchange.path, scan)}
+            for scan in session.scans]
     return listing(exchange, "Scans", rows, "xnat_imagescandata_id,ID,type,quality,xsiType,note,"
                    "series_description")
 
@@ -2035,17 +2067,26 @@ def session_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 @route("GET", SCANS + "/" + NAME)
 def show_scan(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """One scan."""
-    files = one_scan(session_at(xnat, exchange, *place[:4]).scans, place[4])
-    return item("xnat:mrScanData", **scan_columns(place[4], files))
+    session = session_at(xnat, exchange, *place[:4])
+    return item("xnat:mrScanData", **scan_columns(session, place[4]))
 
 
 @route("GET", SCANS + "/" + NAME + "/resources")
 def scan_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """The counts of one scan, or of ALL (XnatImagescandata.getScansByIdORType)."""
     session = session_at(xnat, exchange, *place[:4])
-    wanted = list(session.scans) if place[4] == "ALL" and xnat.knobs.all_scans else [place[4]]
-    rows = []
-    for scan in wanted:
+    every = xnat.knobs.all_scans and unquote(place[4]) in ("ALL", "*")
+    return resources(xnat, exchange, session, list(session.scans) if every else [place[4]])
+
+
+def resources(xnat: "Standin", exchange: Exchange, session: Session,
+              scans: List[str]) -> Answer:
+    """The resources of these scans and their counts, which are statistics that XNAT may have or
+    not, and may gather when it is asked to (section 13.1)."""
+    if truthy(exchange.params.get("cache_file_stats")):
+        session.counted.update(scans)
+    rows: List[Dict[str, Any]] = []
+    for scan in scans:
         rows.append({**dicom_resource(scan, one_scan(session.scans, scan)),
                      "xnat_abstractresource_id": row_id(session, scan, 1),
                      "element_name": "xnat:resourceCatalog", "cat_desc": "", "tags": "",
@@ -2054,6 +2095,10 @@ def scan_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
             rows.append({**rows[-1], "xnat_abstractresource_id": row_id(session, scan, 2),
                          "label": "SNAPSHOTS", "file_count": 2, "file_size": 2000,
                          "format": "GIF"})
+    for row in rows:
+        if xnat.knobs.statistics == "never" or (
+                xnat.knobs.statistics == "on request" and row["cat_id"] not in session.counted):
+            row.update(file_count="", file_size="")
     return table(rows, title="Resources", totalRecords=str(len(rows)))
 
 
@@ -2064,6 +2109,7 @@ def scan_files(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     files = one_scan(session.scans, scan)
     if place[5] not in ("DICOM", str(row_id(session, scan, 1))):
         raise XnatError(404, NOT_FOUND)
+    files = files if xnat.knobs.file_names else {}
     return table([{"Name": name, "Size": file.size, "URI": "%s/%s" % (exchange.path, name),
                    "collection": "DICOM", "file_tags": "", "file_format": "DICOM",
                    "file_content": "RAW", "cat_ID": "1", "digest": file.sha256[:32]}
@@ -2682,6 +2728,21 @@ class Standin:
                     row.project, row.timestamp, row.name, row.status, len(row.files)))
                 lines += ["        " + line for line in scan_lines(row.files.values())]
             return lines
+
+    # -- for tests: what somebody else does
+
+    def make_session(self, project: str, label: str, subject: str = "007",
+                     uid: str = "") -> Session:
+        """A session in the archive as people make one in XNAT's pages: without any scan."""
+        with self.changed:
+            return self.store.new_session(project, label, subject, uid)
+
+    def make_scan(self, project: str, label: str, scan: str, uid: str = "") -> None:
+        """A scan without files in an archived session, as people make one: it may have no UID."""
+        with self.changed:
+            session = self.store.archive[project, label]
+            session.scans[scan] = {}
+            session.by_hand[scan] = uid
 
     # -- the log
 
