@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 from urllib.parse import parse_qsl, urlencode, urlsplit
+from xml.etree import ElementTree
 
 from tests import xnat_standin
 from tests.dicom import README_TREE, dicom_file, dicomdir_file, digests, readme_tree, uid
@@ -1249,6 +1250,187 @@ class WhatASessionHolds(Case):
         rows = self.get(SESSION + "/scans", columns="ID,UID")
         self.assertEqual([row["UID"] for row in rows], ["", "1.2.3"])
         self.assertEqual(self.counts(), [("1", "0", "0"), ("2", "0", "0")])
+
+
+class WhatTheArchiveRefuses(Case):
+    """Section 13.3."""
+
+    def not_archived(self, text: str, content: Mapping[str, bytes], status: str = "CONFLICT",
+                     **params: str) -> str:
+        """The commit is a 500 with this text, which the row keeps; its address."""
+        address = self.send(content, **params).lines[0]
+        self.refused_commit(address, text, status)
+        return address
+
+    def refused_commit(self, address: str, text: str, status: str, **params: str) -> None:
+        """The commit of this row is refused."""
+        self.refused(self.commit(address, **params), 500,
+                     "FAILED: Unable to archive 007_pre: Operation Failed: " + text)
+        self.assertEqual([row.status for row in self.xnat.prearchive], [status])
+        self.assertIn(text, self.call("GET", address + "/logs/last").text)
+
+    def ids(self) -> Dict[str, int]:
+        """How many files each scan in the archive has."""
+        return {scan: len(files)
+                for scan, files in self.xnat.archive["BRAIN", "007_pre"].scans.items()}
+
+    def test_one_instance_twice_in_a_scan_is_an_error_that_only_a_new_row_mends(self) -> None:
+        text = ("Scan 1 DICOM catalog contains duplicated SOP instance UIDs: "
+                + uid(uid(STUDY, 1), 1))
+        for version, knob, refused in (("1.8.6", True, False), ("1.8.7", True, True),
+                                       ("1.10.2", True, True), ("1.10.2", False, False)):
+            with self.subTest(version=version, knob=knob):
+                self.start(version=version, unique_sop_uids=knob)
+                files = {**images(2), **images(1, name="copy/%d_%d")}
+                if not refused:
+                    self.assertEqual((self.archived(files).status, self.ids()), (301, {"1": 3}))
+                    continue
+                address = self.not_archived(text, files, "ERROR")
+                self.send(images(2), overwrite="delete")
+                self.refused_commit(address, text, "ERROR", overwrite_files="true")
+                self.call("DELETE", address)
+                self.assertEqual(self.archived(images(2)).status, 301)
+
+    def test_one_instance_in_two_scans_is_archived(self) -> None:
+        self.start()
+        again = images(1, number=2, sop_instance=uid(uid(STUDY, 1), 1))
+        self.assertEqual(self.archived({**images(1), **again}).status, 301)
+
+    def test_what_a_cut_upload_left_is_a_duplicate_or_no_dicom_or_is_replaced(self) -> None:
+        cases = (  # where it is cut, whether hash names are used when it is sent again
+            (b"\xe0\x7f\x10\0OW", True, "duplicated SOP instance UIDs"),
+            (b"\x20\0\x52\0UI", True, "has 1 non-DICOM (or non-parsable DICOM) files"),
+            (b"\x20\0\x52\0UI", False, ""))
+        for mark, rename, text in cases:
+            with self.subTest(mark=mark, rename=rename):
+                self.start()
+                again = {"rename": "true"} if rename else {}
+                data = zipped(images(2), zipfile.ZIP_STORED)
+                cut = data.rindex(mark) + 20
+                self.refused(self.send(data[:cut]), 400, "unable to read DICOM object IM0002.dcm")
+                files = images(2)
+                del files["s1/IM0001.dcm"]
+                if text:
+                    self.not_archived("Scan 1 ", files, "ERROR", **again)
+                    self.assertIn(text, self.xnat.prearchive[0].log)
+                else:
+                    self.assertEqual((self.archived(files).status, self.ids()), (301, {"1": 2}))
+
+    def test_a_part_alone_is_refused_if_its_header_is_cut_or_the_parser_is_strict(self) -> None:
+        header, pixels = b"\x20\0\x52\0UI", b"\xe0\x7f\x10\0OW"
+        for mark, strict, status in ((header, False, 500), (pixels, False, 301),
+                                     (pixels, True, 500)):
+            with self.subTest(mark=mark, strict=strict):
+                xnat = self.start(strict_parser=strict)
+                data = zipped(images(2), zipfile.ZIP_STORED)
+                self.send(data[:data.rindex(mark) + 20])
+                reply = self.commit("/data" + xnat.prearchive[0].uri)
+                self.assertEqual(reply.status, status)
+                self.assertEqual("Scan 1 has 1 non-DICOM" in reply.text, status == 500)
+
+    def test_a_twin_that_comes_later_is_renamed_and_refused_when_it_comes_again(self) -> None:
+        self.start()
+        twin = {"series": uid("twin"), "name": "t%d/T%d"}
+        self.archived(images(2, number=5))
+        self.assertEqual(self.archived(images(2, number=5, **twin)).status, 301)
+        self.assertEqual(self.ids(), {"5": 2, "5-MR1": 2})
+        text = "Session already contains a scan with the same UID, but a different number (5-MR1)."
+        for first in 1, 3:
+            address = self.not_archived(text, images(2, number=5, first=first, **twin))
+            self.refused_commit(address, text, "CONFLICT", overwrite_files="true")
+            self.call("DELETE", address)
+        both = {**images(3, number=5), **images(3, number=5, **twin)}
+        address = self.not_archived("Session already exists with matching files.", both)
+        self.assertEqual(self.commit(address, overwrite_files="true").status, 301)
+        self.assertEqual(self.ids(), {"5": 3, "5-MR1": 3})
+
+    def test_twins_of_one_round_may_all_get_another_number(self) -> None:
+        self.start(number_all_twins=True)
+        self.archived({**images(1, number=5), **images(2, number=5, series=uid("t"), name="%d%d"),
+                       **images(1, number=6)})
+        self.assertEqual(self.ids(), {"5-MR1": 1, "5-MR2": 2, "6": 1})
+
+    def test_another_modality_than_the_session_s_is_refused(self) -> None:
+        self.start()
+        ct, other = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
+        self.archived(images(1))
+        for sop_class in ct, other:
+            address = self.not_archived("Invalid modification of session modality",
+                                        images(1, number=2, sop_class=sop_class))
+            self.call("DELETE", address)
+        self.assertEqual(self.archived(images(1, sop_class=ct), EXPT_LABEL="ct").status, 301)
+        [row] = self.call("GET", "/data/projects/BRAIN/experiments?label=ct").rows
+        self.assertEqual(row["xsiType"], "xnat:ctSessionData")
+        mixed = {**images(1, number=2), **images(1, number=3, sop_class=other)}
+        self.assertEqual(self.archived(mixed).status, 301)
+
+    def test_equal_names_in_one_scan_match_too_and_are_replaced(self) -> None:
+        self.start()
+        self.archived(images(2, name="s/%d_%d"))
+        other = images(1, first=3, name="s/%d_%d")
+        renamed = {"s/1_1": other["s/1_3"]}
+        address = self.not_archived("Session already exists with matching files.", renamed)
+        self.assertEqual(self.commit(address, overwrite_files="true").status, 301)
+        self.assertEqual(sorted(self.xnat.instances("007_pre")),
+                         sorted(uid(uid(STUDY, 1), instance) for instance in (2, 3)))
+
+    def test_new_files_of_a_known_scan_merge_and_so_do_equal_names_of_other_scans(self) -> None:
+        self.start()
+        self.archived(images(2))
+        self.assertEqual(self.archived({**images(2, first=3), **images(2, number=2)}).status, 301)
+        self.assertEqual(self.ids(), {"1": 4, "2": 2})
+
+    def test_a_scan_without_a_uid_takes_in_any_series(self) -> None:
+        xnat = self.start()
+        xnat.make_session("BRAIN", "007_pre")
+        for scan, series in ("1", ""), ("2", "1.2.3"):
+            xnat.make_scan("BRAIN", "007_pre", scan, series)
+        self.assertEqual(self.archived({**images(2), **images(3, number=2)}).status, 301)
+        self.assertEqual(self.ids(), {"1": 2, "2": 0, "2-MR1": 3})
+
+
+class WhatThePrearchiveHolds(Case):
+    """Section 13.2."""
+
+    def test_its_list_tells_the_study(self) -> None:
+        self.start()
+        self.send(images(1))
+        [row] = self.call("GET", "/data/prearchive/projects/BRAIN?format=json").rows
+        self.assertEqual((row["name"], row["tag"], row["status"], row["autoarchive"]),
+                         ("007_pre", STUDY, "RECEIVING", "4"))
+
+    def scans(self, address: str) -> Dict[str, str]:
+        """The UIDs of the scans, as the XML tells them."""
+        reply = self.call("GET", address, format="xml")
+        self.assertEqual((reply.status, reply.headers.get_content_type()), (200, "text/xml"))
+        root = ElementTree.fromstring(reply.text)
+        self.assertEqual((root.tag, root.get("UID"), root.get("label")),
+                         ("{http://nrg.wustl.edu/xnat}MRSession", STUDY, "007_pre"))
+        found = root.findall("x:scans/x:scan", {"x": "http://nrg.wustl.edu/xnat"})
+        return {scan.get("ID", ""): scan.get("UID", "") for scan in found}
+
+    def test_after_a_build_there_are_the_uids_and_counts_of_that_build(self) -> None:
+        self.start()
+        address = self.send(images(2, description="<T1 & \u00e4>")).lines[0]
+        self.refused(self.call("GET", address, format="xml"), 404, "prearc resource")
+        built = self.call("POST", address + "?action=build")
+        self.assertEqual((built.status, built.text), (200, address))
+        self.assertEqual(self.xnat.prearchive[0].status, "READY")
+        self.assertEqual(self.scans(address), {"1": uid(STUDY, 1)})
+        self.assertEqual(self.send(images(1, number=2)).lines, [address])
+        for now in ["1"], ["1", "2"]:  # stale while it is RECEIVING again
+            self.assertEqual(sorted(self.scans(address)), now)
+            rows = self.call("GET", address + "/resources?format=json").rows
+            self.assertEqual([row["cat_id"] for row in rows], now)
+            rows = self.call("GET", address + "/scans?format=json&columns=ID,UID").rows
+            self.assertEqual(([row["ID"] for row in rows], "UID" in rows[0]), (now, False))
+            self.call("POST", address + "?action=build")
+
+    def test_a_locked_row_is_not_built(self) -> None:
+        xnat = self.start()
+        address = self.send(images(1)).lines[0]
+        xnat.prearchive[0].status = "_ARCHIVING"
+        self.refused(self.call("POST", address + "?action=build"), 409, "session document locked")
 
 
 class Races(Case):

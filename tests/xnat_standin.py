@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import (IO, Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping,
                     NamedTuple, Optional, Set, Tuple, Type, Union)
 from urllib.parse import parse_qsl, unquote
+from xml.sax.saxutils import quoteattr
 
 PIECE = 128 * 1024          # bytes per read
 HEAD = 256 * 1024           # bytes of a file in which its DICOM header must lie
@@ -99,6 +100,13 @@ class Knobs:
     refuse_lists: Collection[str] = ()  # "archive", "prearchive": a project's list is a 403
     keep: str = ""                    # a folder that gets each file of a form, for other judges
     reject: Union[Collection[str], Callable[[str], bool]] = ()  # series XNAT's filter throws away
+    unique_sop_uids: bool = True      # from 1.8.7: one SOP instance twice in a scan is refused
+    strict_parser: bool = False       # a file that is cut in its pixels is non-parsable too
+    number_all_twins: bool = False    # series of one number: n-MR1, n-MR2; not n, n-MR1
+
+    def since(self, *version: int) -> bool:
+        """Whether this XNAT is that version or newer."""
+        return tuple(map(int, re.findall(r"\d+", self.version)[:3])) >= version
 
 
 @dataclass
@@ -153,9 +161,28 @@ class Stored:
     size: int
     sha256: str
     damaged: bool = False
+    parsable: bool = True             # False: not even its header is whole
 
 
 Scans = Dict[str, Dict[str, Stored]]  # scan id -> file name -> file
+
+
+MODALITIES = {"1.2.840.10008.5.1.4.1.1." + end: modality for modality, ends in (
+    ("PT", "128 128.1 130"), ("MR", "4 4.1 4.2 4.3 4.4"), ("CT", "2 2.1 2.2"))
+    for end in ends.split()}
+KINDS_OF_DATA = {"PT": "pet", "MR": "mr", "CT": "ct", "OT": "otherDicom"}
+
+
+def modality_of(files: Iterable[Stored]) -> str:
+    """The modality of a session or scan with these files, told from their SOP classes: the first
+    of KINDS_OF_DATA; an MR if there are none."""
+    found = {MODALITIES.get(file.sop_class, "OT") for file in files}
+    return next((modality for modality in KINDS_OF_DATA if modality in found), "MR")
+
+
+def data_type(modality: str, what: str) -> str:
+    """The data type of a Session or a Scan of this modality."""
+    return "xnat:%s%sData" % (KINDS_OF_DATA[modality], what)
 
 
 def series_uid(files: Mapping[str, Stored]) -> str:
@@ -214,6 +241,11 @@ class Session:
     def files(self) -> List[Stored]:
         """All its files."""
         return [file for files in self.scans.values() for file in files.values()]
+
+    @property
+    def modality(self) -> str:
+        """Its modality."""
+        return modality_of(self.files)
 
     def series(self, scan: str) -> str:
         """The Series Instance UID of a scan; one that was made by hand may have none."""
@@ -801,13 +833,13 @@ def read_image(head: bytes) -> Image:
     else:
         raise ValueError("not a DICOM stream")
     try:
-        return _read_from(head, at)
+        return _read_from(*_data_set(head, at))
     except struct.error:
         raise ValueError("the header is cut") from None
 
 
-def _read_from(head: bytes, at: int) -> Image:
-    """The meta elements tell how to read the rest."""
+def _data_set(head: bytes, at: int) -> Tuple[DataSet, int]:
+    """The data set and where it begins: the meta elements tell how to read it."""
     meta, syntax = DataSet(head, "<", True), b""
     while head[at:at + 2] == b"\2\0":
         tag, start, end, at = meta.element(at)
@@ -817,7 +849,12 @@ def _read_from(head: bytes, at: int) -> Image:
         head, at = zlib.decompressobj(-15).decompress(head[at:], HEAD), 0
     turned = not at and head[:2] in (b"\0\2", b"\0\10")  # no meta elements told of it
     order = ">" if turned or syntax == b"1.2.840.10008.1.2.2" else "<"
-    data_set = DataSet(head, order, head[at + 4:at + 6] in ALL_VRS)
+    return DataSet(head, order, head[at + 4:at + 6] in ALL_VRS), at
+
+
+def _read_from(data_set: DataSet, at: int) -> Image:
+    """The elements that are wanted."""
+    head = data_set.data
     found: Dict[str, str] = {}
     while at < len(head):
         tag, start, end, at = data_set.element(at)
@@ -828,6 +865,17 @@ def _read_from(head: bytes, at: int) -> Image:
         if tag in WANTED:
             found[WANTED[tag]] = head[start:end].decode("utf-8", "replace").strip("\0 ")
     return Image(**found)
+
+
+def reaches_pixels(head: bytes) -> bool:
+    """Whether what is left of a file is all that comes before its pixels; it has an Image."""
+    try:
+        data_set, at = _data_set(head, 132 if head[128:132] == b"DICM" else 0)
+        while struct.unpack_from(data_set.order + "H", data_set.data, at)[0] != 0x7FE0:
+            at = data_set.element(at)[3]
+    except struct.error:
+        return False
+    return True
 
 
 # ---- Accounts --------------------------------------------------------------------------------
@@ -972,15 +1020,16 @@ class Store:
     def build(self, row: Row) -> None:
         """Catalogue the row's files: equal numbers of different series become n, n-MR1, ..."""
         with self.changed:
-            built: Scans = {}
-            ids: Dict[Tuple[str, str], str] = {}
+            folders: Dict[str, Dict[str, Dict[str, Stored]]] = {}
             for (folder, name), file in row.files.items():
-                if (folder, file.series) not in ids:
-                    others = sum(scan == folder for scan, _ in ids)
-                    ids[folder, file.series] = "%s-MR%d" % (folder, others) if others else folder
-                scan = ids[folder, file.series]
-                built.setdefault(scan, {})[name] = replace(file, scan=scan)
-            row.built = built
+                folders.setdefault(folder, {}).setdefault(file.series, {})[name] = file
+            row.built = {}
+            for folder, twins in folders.items():
+                first = 1 if self.knobs.number_all_twins and len(twins) > 1 else 0
+                for number, files in enumerate(twins.values(), first):
+                    scan = twin(folder, files, number) if number else folder
+                    row.built[scan] = {name: replace(file, scan=scan)
+                                       for name, file in files.items()}
 
     def commit(self, row: Row, archive: bool, overwrite: bool,
                idle: bool = False) -> Union[Row, Session]:
@@ -1031,10 +1080,16 @@ class Store:
             raise Refused(500, "Identifiers cannot use special characters.")
         subject = self._known_subject(row.project, subject)
         session = self.archive.get((row.project, label))
-        self._refuse(row, session, subject, overwrite)
-        if session is None:
+        scans = row.built or {}
+        if session:
+            self._refuse_session(row, session, subject)
+        self._refuse_catalogs(scans)
+        if session:
+            scans = self._placed(session, scans)
+            self._refuse_files(session, {} if overwrite else scans)
+        else:
             session = self.new_session(row.project, label, subject, row.tag)
-        self._merge(session, row.built or {})
+        self._merge(session, scans)
         self.remove(row)
         return session
 
@@ -1053,39 +1108,73 @@ class Store:
         return subject
 
     @staticmethod
-    def _refuse(row: Row, session: Optional[Session], subject: str, overwrite: bool) -> None:
-        """Why a row may not be merged into a session."""
-        if session is None:
-            return
+    def _refuse_session(row: Row, session: Session, subject: str) -> None:
+        """Why a row may not be merged into a session at all."""
         if session.subject != subject:
             raise Refused(409, "Invalid modification of session subject via archive process.: "
                                "%s Already Exists for another Subject" % session.label)
         if session.uid not in ("", row.tag):
             raise Refused(409, "Invalid modification of session UID via archive process.")
-        held = {file.sop_instance for file in session.files}
-        sent = {file.sop_instance for files in (row.built or {}).values()
-                for file in files.values()}
-        if held & sent and not overwrite:
-            raise Refused(409, "Session already exists with matching files.")
+        sent = [file for files in (row.built or {}).values() for file in files.values()]
+        if session.files and modality_of(sent) != modality_of(session.files):
+            raise Refused(409, "Invalid modification of session modality via archive process.")
+
+    def _refuse_catalogs(self, scans: Scans) -> None:
+        """What makes a scan unfit for any archive, from 1.8.7 on; overwriting does not help
+        (section 13.3)."""
+        if not self.knobs.since(1, 8, 7):
+            return
+        for scan, files in scans.items():
+            bad = sum(not file.parsable or file.damaged and self.knobs.strict_parser
+                      for file in files.values())
+            if bad:
+                raise Refused(500, "Scan %s has %d non-DICOM (or non-parsable DICOM) files"
+                              % (scan, bad))
+            counts = Counter(file.sop_instance for file in files.values())
+            twice = [instance for instance, count in counts.items() if count > 1]
+            if twice and self.knobs.unique_sop_uids:
+                raise Refused(500, "Scan %s DICOM catalog contains duplicated SOP instance UIDs: "
+                                   "%s" % (scan, ", ".join(twice)))
+
+    @staticmethod
+    def _placed(session: Session, scans: Scans) -> Scans:
+        """The scans by the ids that they get in a session: an id that another series has there
+        becomes n-MR1; a scan without a UID, made by hand, takes in any series."""
+        placed: Scans = {}
+        for scan, files in scans.items():
+            series = series_uid(files)
+            for other in session.scans:
+                if other != scan and series == session.series(other):
+                    raise Refused(409, "Session already contains a scan with the same UID, but a "
+                                       "different number (%s)." % other)
+            number, place = 0, scan
+            while place in placed or place in session.scans and (
+                    session.series(place) not in ("", series)):
+                number += 1
+                place = twin(scan, files, number)
+            placed[place] = files
+        return placed
+
+    @staticmethod
+    def _refuse_files(session: Session, scans: Scans) -> None:
+        """Equal instances, or equal names, in one scan are a conflict."""
+        for scan, files in scans.items():
+            held = session.scans.get(scan, {})
+            instances = {file.sop_instance for file in held.values()}
+            if any(name in held or file.sop_instance in instances
+                   for name, file in files.items()):
+                raise Refused(409, "Session already exists with matching files.")
 
     @staticmethod
     def _merge(session: Session, scans: Scans) -> None:
-        """Put the scans into the session; equal instances are replaced."""
-        sent = {file.sop_instance for files in scans.values() for file in files.values()}
-        for held in session.scans.values():
-            for name in [name for name, file in held.items() if file.sop_instance in sent]:
-                del held[name]
+        """Put the scans into the session; equal instances and equal names are replaced."""
         for scan, files in scans.items():
-            held = session.scans.setdefault(scan, {})
-            series = {file.series for file in files.values()}
-            if any(file.series not in series for file in held.values()):
-                others = sum(other.startswith(scan + "-MR") for other in session.scans)
-                scan = "%s-MR%d" % (scan, others + 1)
-                held = session.scans.setdefault(scan, {})
+            sent = {file.sop_instance for file in files.values()}
+            held = {name: file for name, file in session.scans.get(scan, {}).items()
+                    if file.sop_instance not in sent}
+            held.update((name, replace(file, scan=scan)) for name, file in files.items())
+            session.scans[scan] = held
             session.counted.discard(scan)
-            for name, file in files.items():
-                name = hash_name(file.sop_instance, scan) if name in held else name
-                held[name] = replace(file, scan=scan, name=name)
 
     def archive_idle(self) -> None:
         """What the idle thread does at each tick (section 6.1)."""
@@ -1109,6 +1198,11 @@ class Store:
 def clean(label: str) -> str:
     """A label as the archive makes it (section 4.4)."""
     return re.sub(r"[`~@#$%^&*()+=\[\]{}|\\/?:;',.<>\" ]", "_", label)
+
+
+def twin(scan: str, files: Mapping[str, Stored], number: int) -> str:
+    """The id of a scan whose own id another one has: n-MR1."""
+    return "%s-%s%d" % (scan, modality_of(files.values()), number)
 
 
 def hash_name(sop_instance: str, scan: str) -> str:
@@ -1430,8 +1524,8 @@ class Import:
         base = re.sub(r"[^\w.-]", "_", entry.name.rpartition("/")[2], flags=re.ASCII)
         return image, Stored(
             self._scan(image), base, entry.name, image.sop_class, image.sop_instance,
-            image.series, image.number, image.description, size, digest.hexdigest(), trouble
-        ), trouble
+            image.series, image.number, image.description, size, digest.hexdigest(), trouble,
+            not trouble or reaches_pixels(head)), trouble
 
     @staticmethod
     def _scan(image: Image) -> str:
@@ -1787,14 +1881,41 @@ def show_row(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
             if error.status == 404:
                 return table([])
             raise
-    built_scans(xnat, exchange, *place)
-    return Answer(200, b"<?xml version='1.0'?><xnat:MRSession/>", "text/xml")
+    scans = built_scans(xnat, exchange, *place)
+    return Answer(200, session_xml(find_row(xnat, exchange, *place), scans).encode(), "text/xml")
+
+
+def session_xml(row: Row, scans: Scans) -> str:
+    """A session's XML, as its last build left it."""
+    kinds = {"PT": "PETSession", "MR": "MRSession", "CT": "CTSession", "OT": "OtherDicomSession"}
+    modality = modality_of(file for files in scans.values() for file in files.values())
+    lines = ["<?xml version=\"1.0\" encoding=\"UTF-8\"?>",
+             '<xnat:%s ID="" project=%s label=%s UID=%s modality="%s" '
+             'xmlns:xnat="http://nrg.wustl.edu/xnat" '
+             'xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance">' % (
+                 kinds[modality], quoteattr(row.project), quoteattr(row.name), quoteattr(row.tag),
+                 modality),
+             "<xnat:scans>", *(scan_xml(*each) for each in scans.items()), "</xnat:scans>",
+             "</xnat:%s>" % kinds[modality], ""]
+    return "\n".join(lines)
+
+
+def scan_xml(scan: str, files: Mapping[str, Stored]) -> str:
+    """One scan in it."""
+    description = next(iter(files.values())).description
+    return ('<xnat:scan ID=%s UID=%s type=%s xsi:type="%s">\n'
+            "<xnat:series_description>%s</xnat:series_description>\n"
+            '<xnat:file URI=%s content="RAW" format="DICOM" label="DICOM" '
+            'xsi:type="xnat:resourceCatalog"/>\n</xnat:scan>' % (
+                quoteattr(scan), quoteattr(series_uid(files)), quoteattr(description),
+                data_type(modality_of(files.values()), "Scan"), html.escape(description),
+                quoteattr("SCANS/%s/DICOM/scan_%s_catalog.xml" % (scan, scan))))
 
 
 @route("GET", PREARCHIVED + "/scans")
 def row_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """The scans of a built session."""
-    return table([{"ID": scan, "xsiType": "xnat:mrScanData",
+    return table([{"ID": scan, "xsiType": data_type(modality_of(files.values()), "Scan"),
                    "series_description": next(iter(files.values())).description}
                   for scan, files in built_scans(xnat, exchange, *place).items()])
 
@@ -1938,7 +2059,7 @@ def listing(exchange: Exchange, title: str, rows: List[Dict[str, Any]], usual: s
 def experiment_columns(session: Session) -> Dict[str, Any]:
     """All that a list of experiments can tell of one."""
     return {"ID": session.id, "project": session.project, "date": "2020-01-02",
-            "xsiType": "xnat:mrSessionData", "label": session.label,
+            "xsiType": data_type(session.modality, "Session"), "label": session.label,
             "insert_date": "2020-01-02 10:15:00.0", "subject_ID": "XNAT_S_" + session.subject,
             "subject_label": session.subject, "uid": session.uid, "URI": "/data/experiments/" + session.id}
 
@@ -2014,7 +2135,7 @@ def find_session(xnat: "Standin", exchange: Exchange, project: Optional[str],
 def show_session(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """One session."""
     session = find_session(xnat, exchange, place[0], place[1] or None, place[2])
-    return item("xnat:mrSessionData", ID=session.id, label=session.label,
+    return item(data_type(session.modality, "Session"), ID=session.id, label=session.label,
                 project=session.project, subject_ID="XNAT_S_" + session.subject, UID=session.uid,
                 date="2020-01-02")
 
@@ -2049,17 +2170,18 @@ def scan_columns(session: Session, scan: str) -> Dict[str, Any]:
     files = one_scan(session.scans, scan)
     description = next((file.description for file in files.values()), "")
     return {"ID": scan, "type": "", "quality": "usable", "note": "",
-            "series_description": description, "UID": session.series(scan), "modality": "MR",
-            "frames": len(files)}
+            "series_description": description, "UID": session.series(scan),
+            "modality": modality_of(files.values()), "frames": len(files)}
 
 
 @route("GET", SCANS)
 def session_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """Its scans."""
     session = session_at(xnat, exchange, *place)
-    rows = [{"xnat_imagescandata_id": row_id(session, scan), "xsiType": "xnat:mrScanData",
+    rows = [{"xnat_imagescandata_id": row_id(session, scan),
+             "xsiType": data_type(modality_of(files.values()), "Scan"),
              **scan_columns(session, scan), "URI": "%s/%s" % (exchange.path, scan)}
-            for scan in session.scans]
+            for scan, files in session.scans.items()]
     return listing(exchange, "Scans", rows, "xnat_imagescandata_id,ID,type,quality,xsiType,note,"
                    "series_description")
 
@@ -2068,7 +2190,8 @@ def session_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 def show_scan(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """One scan."""
     session = session_at(xnat, exchange, *place[:4])
-    return item("xnat:mrScanData", **scan_columns(session, place[4]))
+    files = one_scan(session.scans, place[4])
+    return item(data_type(modality_of(files.values()), "Scan"), **scan_columns(session, place[4]))
 
 
 @route("GET", SCANS + "/" + NAME + "/resources")
@@ -2603,7 +2726,7 @@ class Standin:
 
     def since(self, *version: int) -> bool:
         """Whether this XNAT is that version or newer."""
-        return tuple(map(int, re.findall(r"\d+", self.knobs.version)[:3])) >= version
+        return self.knobs.since(*version)
 
     # -- for tests: what happened
 
