@@ -594,8 +594,9 @@ class WhatIgnoreUnparsablePassesOver(Case):
         self.start()
         self.assertEqual(self.send({**images(1), "n.txt": b"x"}, action="commit").status, 200)
 
-    def test_1_10_marks_a_partial_session_as_an_error(self) -> None:
-        for version, status in ("1.9.2", "RECEIVING"), ("1.10.0", "ERROR"):
+    def test_1_10_2_marks_a_partial_session_as_an_error(self) -> None:
+        for version, status in (("1.9.2", "RECEIVING"), ("1.10.1", "RECEIVING"),
+                                ("1.10.2", "ERROR"), ("1.11", "ERROR")):
             with self.subTest(version):
                 xnat = self.start(version=version)
                 self.send({**images(1), "n.txt": b"x"})
@@ -1433,6 +1434,115 @@ class WhatThePrearchiveHolds(Case):
         self.refused(self.call("POST", address + "?action=build"), 409, "session document locked")
 
 
+class ACommitThatWaits(Case):
+    """Section 13.4."""
+
+    def statuses(self) -> List[str]:
+        """The status of each row, as the list tells it."""
+        rows = self.call("GET", "/data/prearchive/projects/BRAIN?format=json").rows
+        return [row["status"] for row in rows]
+
+    def test_a_row_in_the_queue_is_ready_and_a_second_commit_is_423(self) -> None:
+        xnat = self.start(queue_seconds=30)
+        address = self.send(images(2)).lines[0]
+        replies: List[Reply] = []
+        first = threading.Thread(target=lambda: replies.append(self.commit(address)))
+        first.start()
+        self.assertTrue(xnat.wait_for(lambda: xnat.prearchive[0].queued))
+        self.assertEqual((self.statuses(), xnat.archive), (["READY"], {}))
+        self.refused(self.commit(address), 423, "Duplicate archive attempt")
+        xnat._stopping.set()  # ends the delay
+        first.join(10)
+        self.assertEqual(([reply.status for reply in replies], self.statuses()), ([301], []))
+
+    def test_the_answer_may_be_lost_while_the_row_is_in_the_queue(self) -> None:
+        xnat = self.start(faults=[Fault("queued", "action=commit", seconds=0.5)])
+        with self.assertRaises(http.client.RemoteDisconnected):
+            self.archived(images(2))
+        self.assertEqual((self.statuses(), xnat.archive), (["READY"], {}))
+        self.assertTrue(xnat.wait_for(lambda: xnat.archive))
+        self.assertEqual((self.statuses(), self.count(), xnat.abuses), ([], 2, []))
+
+    def test_a_lost_answer_of_a_commit_that_is_not_queued_comes_to_an_end_too(self) -> None:
+        self.start(faults=[Fault("queued", "action=commit", seconds=30)])
+        began = time.monotonic()
+        with self.assertRaises(http.client.RemoteDisconnected):
+            self.archived(images(2), PROJECT_ID="MANUAL")
+        self.assertEqual(self.xnat.prearchive[0].status, "READY")
+        self.assertLess(time.monotonic() - began, 8)
+
+    def test_it_gives_up_when_queue_and_archiving_take_too_long_together(self) -> None:
+        xnat = self.start(queue_seconds=0.1, archive_seconds=0.1, archive_timeout=0.15)
+        self.refused(self.archived(images(2)), 500, "did not return a valid data URI within")
+        self.assertTrue(xnat.wait_for(lambda: xnat.archive))
+
+    def test_the_texts_of_a_busy_server_come_with_any_status_and_nothing_is_done(self) -> None:
+        xnat = self.start()
+        address = self.send(images(1)).lines[0]
+        for text in xnat_standin.BUSY:
+            for status in 409, 423, 500:
+                xnat.fail("error page", "action=commit", status=status, text=text)
+                self.refused(self.commit(address), status, text)
+        self.assertEqual(xnat.prearchive[0].status, "RECEIVING")
+        self.assertEqual(self.commit(address).status, 301)
+
+
+class Scripts(Case):
+    """Sections 13.3 and 13.5."""
+
+    def test_a_site_s_script_may_change_sizes(self) -> None:
+        for knob in "site_script", "project_script":
+            with self.subTest(knob):
+                xnat = self.start(**{knob: ["sizes"]})
+                files = images(2)
+                self.send(files)
+                self.archived(files)
+                sizes = {file.size for file in xnat.files("007_pre")}
+                self.assertFalse(sizes & set(map(len, files.values())))
+                self.assertFalse(set(xnat.stored("007_pre")) & set(map(sha256, files.values())))
+                self.assertEqual(set(xnat.instances("007_pre")),
+                                 {uid(uid(STUDY, 1), 1), uid(uid(STUDY, 1), 2)})
+
+    def seen(self) -> Tuple[str, List[str]]:
+        """The Study UID and the scans' UIDs in the archive."""
+        [session] = self.call("GET", "/data/experiments?project=BRAIN&columns=UID").rows
+        scans = self.call("GET", SESSION + "/scans?columns=ID,UID").rows
+        return session["uid"], [scan["UID"] for scan in scans]
+
+    def test_a_site_s_script_may_change_uids_in_what_is_stored(self) -> None:
+        xnat = self.start(site_script={"uids"})
+        first = self.send(images(2)).lines
+        self.assertEqual(self.send(images(1, number=2)).lines, first)
+        self.assertFalse(set(xnat.instances("007_pre")) & {uid(uid(STUDY, 1), 1)})
+        self.call("POST", first[0] + "?action=build")
+        [row] = self.call("GET", "/data/prearchive/projects/BRAIN?format=json").rows
+        self.assertEqual(row["tag"], xnat_standin.other_uid(STUDY))
+        second = self.send(images(1, first=3)).lines  # no row has this study any longer
+        self.assertNotEqual(first, second)
+        self.assertEqual([self.commit(line).status for line in first + second], [301, 301])
+        other = xnat_standin.other_uid
+        self.assertEqual(self.seen(), (other(STUDY), [other(uid(STUDY, 1)), other(uid(STUDY, 2))]))
+        self.assertEqual(self.count(), 4)
+
+    def test_a_file_whose_uid_was_changed_is_kept_twice_when_it_comes_again(self) -> None:
+        for rename, status in ("", 500), ("true", 301):
+            self.start(site_script={"uids"})
+            self.send(images(2), rename=rename)
+            self.assertEqual(self.archived(images(2), rename=rename).status, status)
+
+    def test_a_project_s_script_changes_uids_only_in_the_archive(self) -> None:
+        xnat = self.start(project_script={"uids"})
+        self.send(images(2))
+        self.send(images(2))
+        self.assertEqual(xnat.prearchive[0].tag, STUDY)
+        self.assertIn(uid(uid(STUDY, 1), 1), xnat.instances("007_pre"))
+        self.commit("/data" + xnat.prearchive[0].uri)
+        other = xnat_standin.other_uid
+        self.assertEqual(self.seen(), (other(STUDY), [other(uid(STUDY, 1))]))
+        self.assertNotIn(uid(uid(STUDY, 1), 1), xnat.instances("007_pre"))
+        self.refused(self.archived(images(1, number=2)), 500, "modification of session UID")
+
+
 class Races(Case):
     """Section 5: parallel POSTs into one session."""
 
@@ -1516,6 +1626,59 @@ class FaultsToInject(Case):
         xnat = self.inject("background", "action=commit")
         self.assertEqual(self.archived(images(2)).status, 504)
         self.assertTrue(xnat.wait_for(lambda: xnat.archive))
+
+    def hang_up_in(self, body: bytes, kind: str, sent: int) -> None:
+        """Send so much of an import, then go."""
+        head = ("POST %s?import-handler=DICOM-zip&PROJECT_ID=BRAIN&EXPT_LABEL=007_pre HTTP/1.1\r\n"
+                "Host: x\r\nAuthorization: Basic %s\r\nContent-Type: %s\r\n"
+                "Content-Length: %d\r\n\r\n" % (
+                    IMPORT, base64.b64encode(b"alice:s3cret").decode(), kind, len(body)))
+        with socket.create_connection(("127.0.0.1", self.xnat.port)) as line:
+            line.sendall(head.encode() + body[:sent])
+
+    def test_an_import_lands_late_after_its_client_has_gone(self) -> None:
+        data = zipped(images(3), zipfile.ZIP_STORED)
+        whole = form([("file", "x.zip", data)])
+        form_type = "multipart/form-data; boundary=" + BOUNDARY
+        for body, kind, sent, landed in (
+                (data, "application/zip", data.rindex(b"PK\3\4"), 2),
+                (data, "application/zip", len(data), 3),
+                (whole, form_type, len(whole) - 2000, 0), (whole, form_type, len(whole), 3)):
+            with self.subTest(kind=kind, sent=sent):
+                xnat = self.inject("late landing", seconds=0.3)
+                began = time.monotonic()
+                self.hang_up_in(body, kind, sent)
+                self.assertTrue(xnat.wait_for(lambda xnat=xnat: xnat.requests))
+                address = self.send(images(1, number=2)).lines[0]
+                self.assertEqual(self.count(), 1)
+                self.assertTrue(xnat.wait_for(lambda landed=landed: self.count() == 1 + landed))
+                if landed:
+                    self.assertGreaterEqual(time.monotonic() - began, 0.3)
+                    self.assertEqual(xnat.prearchive[0].uri, address[len("/data"):])
+                    self.assertTrue(xnat.wait_for(lambda xnat=xnat: xnat.requests[0].entries))
+                self.assertEqual(xnat.abuses, [])
+
+    def test_an_import_lands_late_after_a_reset_or_before_its_answer(self) -> None:
+        data = zipped(images(3), zipfile.ZIP_STORED)
+        xnat = self.inject("late landing", seconds=0.2, after_bytes=data.rindex(b"PK\3\4"))
+        with self.assertRaises(ConnectionError):
+            self.send(data, in_body="application/zip")
+        self.assertEqual(self.count(), 0)
+        self.assertTrue(xnat.wait_for(lambda: self.count() == 2))
+        self.inject("late landing", seconds=0.2)
+        began = time.monotonic()
+        self.assertEqual((self.send(data).status, self.count()), (200, 3))
+        self.assertGreaterEqual(time.monotonic() - began, 0.2)
+
+    def test_error_pages_have_no_heading_from_1_11_on(self) -> None:
+        for version, heading in ("1.10.2", True), ("1.11.0", False):
+            self.start(version=version, faults=[Fault("error page", "auth", status=423, text="b<")])
+            for reply in (self.send({"notes.txt": b"x"}), self.call("GET", "/data/projects/NONE"),
+                          self.call("GET", "/data/auth")):
+                self.assertEqual("<h3>" in reply.text, heading)
+                self.assertIn("<title>Status page</title>", reply.text)
+            self.assertEqual("<p>b&lt;</p>" in reply.text, not heading)
+            self.assertEqual(">Locked</p>" in reply.text, not heading)
 
     def test_resets(self) -> None:
         for kind, stored in ("reset before", 0), ("reset during", 0), ("reset after", 2):

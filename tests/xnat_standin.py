@@ -41,6 +41,7 @@ from base64 import b64decode
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (IO, Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping,
@@ -63,6 +64,8 @@ IN_BODY_NAMES = {  # content types that XNAT takes as "the body is the file" (se
     "application/octet-stream": "upload", "application/dicom": "upload.dcm",
 }
 CONCURRENT = "Concurrent file sends of the same data is not supported."
+BUSY = ("Session processing in progress", "Duplicate archive attempt",
+        "Destination session in use")  # with 409, 423 or 500; waiting heals them (section 13.4)
 NOT_FOUND = "Unable to find the specified experiment."  # for projects too (section 7)
 LOGIN_FAILED = (
     "Your login attempt failed because the username and password combination you provided was "
@@ -87,6 +90,7 @@ class Knobs:
     tick_seconds: float = 60          # ...by a thread that looks so often (section 6.1)
     archive_timeout: float = 600      # a commit gives up waiting after so long
     build_delay: float = 0            # seconds a build takes
+    queue_seconds: float = 0          # seconds a row waits, READY, before that (section 13.4)
     archive_seconds: float = 0        # seconds the move into the archive takes
     write_delay: float = 0            # seconds each file's lock is held
     seconds_per_file: float = 0       # import time per file, inside the POST
@@ -103,6 +107,8 @@ class Knobs:
     unique_sop_uids: bool = True      # from 1.8.7: one SOP instance twice in a scan is refused
     strict_parser: bool = False       # a file that is cut in its pixels is non-parsable too
     number_all_twins: bool = False    # series of one number: n-MR1, n-MR2; not n, n-MR1
+    site_script: Collection[str] = ()     # "sizes", "uids": changed in each file that is stored...
+    project_script: Collection[str] = ()  # ...or when it is archived
 
     def since(self, *version: int) -> bool:
         """Whether this XNAT is that version or newer."""
@@ -162,6 +168,24 @@ class Stored:
     sha256: str
     damaged: bool = False
     parsable: bool = True             # False: not even its header is whole
+    study: str = ""
+
+    def scripted(self, changes: Collection[str]) -> "Stored":
+        """The file as a script leaves it that changes "sizes" or "uids"."""
+        if not changes:
+            return self
+        file = replace(self, sha256=hashlib.sha256(self.sha256.encode()).hexdigest())
+        if "sizes" in changes:
+            file = replace(file, size=file.size + 130)
+        if "uids" in changes:
+            file = replace(file, study=other_uid(file.study), series=other_uid(file.series),
+                           sop_instance=other_uid(file.sop_instance))
+        return file
+
+
+def other_uid(uid: str) -> str:
+    """What a script makes of a UID: always the same."""
+    return "2.25.%d" % int.from_bytes(hashlib.sha256(uid.encode()).digest()[:16], "big")
 
 
 Scans = Dict[str, Dict[str, Stored]]  # scan id -> file name -> file
@@ -207,6 +231,7 @@ class Row:
     lastmod: float = field(default_factory=time.monotonic)
     files: Dict[Tuple[str, str], Stored] = field(default_factory=dict)
     built: Optional[Scans] = None
+    queued: bool = False              # for the archive; its status does not tell
 
     @property
     def uri(self) -> str:
@@ -308,6 +333,8 @@ KINDS = {
     "early status": "nginx-like page with `status`, `retry_after`; then lingers as nginx does",
     "reset before": "RST before the body is read",
     "reset during": "RST after `after_bytes` of the body",
+    "late landing": "the work begins `seconds` after the end of the body, be that because the "
+                    "client has gone in the middle of it, or because of an RST after `after_bytes`",
     "stall before": "silent for `seconds` before it reads the body, then goes on as usual",
     "drop sessions": "all HTTP sessions are forgotten, then goes on as usual",
     "disable account": "the account in use is disabled: 401 from now on",
@@ -322,6 +349,8 @@ KINDS = {
     "answer": "`status`, `headers`, `body`",
     # the work is done, or goes on
     "background": "`status` (504 instead of 503) at once, while the work goes on",
+    "queued": "FIN without an answer to a commit once it is queued; its row says READY for "
+              "`seconds`, then it is archived",
     "late status": "the work is done, the answer is an nginx-like page with `status`",
     "reset after": "the work is done, then RST",
     "close after": "the work is done, then FIN without an answer",
@@ -378,12 +407,18 @@ class Vanish(Exception):
         self.reset, self.last_words = reset, last_words
 
 
-def status_page(status: int, text: str) -> Answer:
-    """Restlet's error page (section 4.2)."""
-    page = ("<html>\n<head>\n   <title>Status page</title>\n</head>\n<body>\n<h3>%s</h3>"
+def status_page(status: int, text: str, restlet: int = 1) -> Answer:
+    """The error page of Restlet 1 (section 4.2) or of Restlet 2 (section 13.6)."""
+    body, said = "<body>", "<h3>%s</h3>" % text
+    if restlet > 1:
+        body = '<body style="font-family: sans-serif;">'
+        said = ('<p style="font-size: 1.2em;font-weight: bold;margin: 1em 0px;">%s</p>\n'
+                "<p>%s</p>\n" % (responses.get(status, "Error"), html.escape(text)))
+    page = ("<html>\n<head>\n   <title>Status page</title>\n</head>\n%s\n%s"
             "<p>You can get technical details <a href=\"http://www.w3.org/Protocols/rfc2616/"
             "rfc2616-sec10.html#sec10.4.%d\">here</a>.<br>\nPlease continue your visit at our "
-            "<a href=\"/\">home page</a>.\n</p>\n</body>\n</html>\n" % (text, status % 100 + 1))
+            "<a href=\"/\">home page</a>.\n</p>\n</body>\n</html>\n"
+            % (body, said, status % 100 + 1))
     return Answer(status, page.encode(), "text/html;charset=UTF-8")
 
 
@@ -542,6 +577,22 @@ class Spool:
     def some(self) -> bytes:
         """The next bytes; none at the end."""
         return self.file.read(PIECE)
+
+
+class Remains:
+    """A body that may break off: what there is of it, and how it ended."""
+
+    def __init__(self, some: Callable[[], bytes]) -> None:
+        self._some = some
+        self.end: Optional[Exception] = None
+
+    def some(self) -> bytes:
+        """The next bytes; none at the end, or where it breaks off."""
+        try:
+            return self._some()
+        except (OSError, Vanish) as end:
+            self.end = end
+            return b""
 
 
 class Stream:
@@ -1023,6 +1074,7 @@ class Store:
             folders: Dict[str, Dict[str, Dict[str, Stored]]] = {}
             for (folder, name), file in row.files.items():
                 folders.setdefault(folder, {}).setdefault(file.series, {})[name] = file
+            self._retag(row)
             row.built = {}
             for folder, twins in folders.items():
                 first = 1 if self.knobs.number_all_twins and len(twins) > 1 else 0
@@ -1031,10 +1083,23 @@ class Store:
                     row.built[scan] = {name: replace(file, scan=scan)
                                        for name, file in files.items()}
 
-    def commit(self, row: Row, archive: bool, overwrite: bool,
-               idle: bool = False) -> Union[Row, Session]:
+    def _retag(self, row: Row) -> None:
+        """A build takes the Study UID from the files; where a script has changed that, a later
+        import finds no row of its own study and gets a new one (section 13.5)."""
+        study = next((file.study for file in row.files.values()), row.tag)
+        if study != row.tag:
+            old, new = ((row.project, tag, row.name) for tag in (row.tag, study))
+            if self._by_key.get(old) is row:
+                self._by_key.setdefault(new, self._by_key.pop(old))
+            row.tag = study
+
+    def commit(self, row: Row, archive: bool, overwrite: bool, idle: bool = False,
+               queue_seconds: float = 0) -> Union[Row, Session]:
         """Build the row, then archive it if the project or the caller wants it (section 6.2)."""
+        queue_seconds = queue_seconds or self.knobs.queue_seconds
         with self.changed:
+            if row.queued:
+                raise XnatError(423, "Duplicate archive attempt")
             if row.status.startswith("_"):
                 raise XnatError(409, "session document locked")
             row.status = "_BUILDING"
@@ -1045,22 +1110,29 @@ class Store:
             if not (archive or self.code(row.project) in (4, 5)):
                 row.status = "READY"
                 return row
-            row.status = "_ARCHIVING"
+            row.queued = queue_seconds > 0
+            row.status = "READY" if row.queued else "_ARCHIVING"
             self.changed.notify_all()
-        if idle or self.knobs.archive_seconds <= self.knobs.archive_timeout:
-            return self._archive_slowly(row, overwrite)
-        threading.Thread(target=self._archive_unheard, args=(row, overwrite), daemon=True).start()
+        whole = queue_seconds + self.knobs.archive_seconds
+        if idle or whole <= self.knobs.archive_timeout:
+            return self._archive_slowly(row, overwrite, queue_seconds)
+        threading.Thread(target=self._archive_unheard, args=(row, overwrite, queue_seconds),
+                         daemon=True).start()
         self.pause(self.knobs.archive_timeout)
         raise XnatError(500, "FAILED: %s did not return a valid data URI within the timeout "
                              "interval of %d seconds." % (row.uri, self.knobs.archive_timeout))
 
-    def _archive_unheard(self, row: Row, overwrite: bool) -> None:
+    def _archive_unheard(self, row: Row, overwrite: bool, queue_seconds: float) -> None:
         """The archiving that goes on after its commit gave up."""
         with contextlib.suppress(XnatError):
-            self._archive_slowly(row, overwrite)
+            self._archive_slowly(row, overwrite, queue_seconds)
 
-    def _archive_slowly(self, row: Row, overwrite: bool) -> Session:
-        """Move the row into the archive."""
+    def _archive_slowly(self, row: Row, overwrite: bool, queue_seconds: float) -> Session:
+        """Move the row into the archive, when its turn has come."""
+        self.pause(queue_seconds)
+        with self.changed:
+            row.status, row.queued = "_ARCHIVING", False
+            self.changed.notify_all()
         self.pause(self.knobs.archive_seconds)
         with self.changed:
             try:
@@ -1089,7 +1161,11 @@ class Store:
             self._refuse_files(session, {} if overwrite else scans)
         else:
             session = self.new_session(row.project, label, subject, row.tag)
-        self._merge(session, scans)
+            if "uids" in self.knobs.project_script:
+                session.uid = other_uid(row.tag)
+        self._merge(session, {
+            scan: {name: file.scripted(self.knobs.project_script) for name, file in files.items()}
+            for scan, files in scans.items()})
         self.remove(row)
         return session
 
@@ -1235,6 +1311,7 @@ class Exchange:
     address: str = ""
     fault: Optional[Fault] = None
     background: bool = False          # its client has had an answer already
+    over: bool = False                # what went on in the background is done
     truncate: bool = False
 
     @property
@@ -1263,7 +1340,7 @@ class Import:
             uris = self._handler()()
         except XnatError as refused:
             if self.params.get("format") == "html":
-                return status_page(200, refused.text)  # sic (section 1.1)
+                return self.xnat.page(200, refused.text)  # sic (section 1.1)
             raise
         finally:
             self.xnat.leave(self.exchange)
@@ -1396,8 +1473,8 @@ class Import:
         return not (self.since(1, 10) and isinstance(problem, ServerTrouble))
 
     def _mark_error(self) -> None:
-        """From 1.10 on a partial upload is an ERROR and so is not archived by itself."""
-        for row in self.rows.values() if self.since(1, 10) else ():
+        """From 1.10.2 on a partial upload is an ERROR and so is not archived by itself."""
+        for row in self.rows.values() if self.since(1, 10, 2) else ():
             row.status = "ERROR"
 
     def _gradual_dicom(self) -> List[str]:
@@ -1429,7 +1506,7 @@ class Import:
                 fake = replace(image, sop_instance=image.series + ":" + base)
                 self._keep(row, Stored(self._scan(image), base, name, image.sop_class,
                                        fake.sop_instance, image.series, image.number,
-                                       image.description, 0, ""))
+                                       image.description, 0, "", study=image.study))
         return self._finished()
 
     def _session_importer(self) -> List[str]:
@@ -1525,7 +1602,7 @@ class Import:
         return image, Stored(
             self._scan(image), base, entry.name, image.sop_class, image.sop_instance,
             image.series, image.number, image.description, size, digest.hexdigest(), trouble,
-            not trouble or reaches_pixels(head)), trouble
+            not trouble or reaches_pixels(head), image.study), trouble
 
     @staticmethod
     def _scan(image: Image) -> str:
@@ -1591,7 +1668,7 @@ class Import:
     def _keep(self, row: Row, file: Stored) -> None:
         """The file is there."""
         with self.xnat.changed:
-            row.files[file.scan, file.name] = file
+            row.files[file.scan, file.name] = file.scripted(self.xnat.knobs.site_script)
             row.lastmod = time.monotonic()
             self.xnat.changed.notify_all()
 
@@ -2001,10 +2078,13 @@ def act_on_row(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 
 def commit(xnat: "Standin", exchange: Exchange, row: Row) -> Answer:
     """Build and perhaps archive: 301 archived, 200 left in the prearchive (section 6.2)."""
+    fault = exchange.fault
+    wait = fault.seconds if fault and fault.kind == "queued" else 0
     with xnat.committing(exchange, row):
         try:
             result = xnat.store.commit(row, truthy(exchange.params.get("AA")),
-                                       truthy(exchange.params.get("overwrite_files")))
+                                       truthy(exchange.params.get("overwrite_files")),
+                                       queue_seconds=wait)
         except Refused as refused:
             if not xnat.since(1, 7, 6):
                 raise
@@ -2061,7 +2141,8 @@ def experiment_columns(session: Session) -> Dict[str, Any]:
     return {"ID": session.id, "project": session.project, "date": "2020-01-02",
             "xsiType": data_type(session.modality, "Session"), "label": session.label,
             "insert_date": "2020-01-02 10:15:00.0", "subject_ID": "XNAT_S_" + session.subject,
-            "subject_label": session.subject, "uid": session.uid, "URI": "/data/experiments/" + session.id}
+            "subject_label": session.subject, "uid": session.uid,
+            "URI": "/data/experiments/" + session.id}
 
 
 def named(subject: str, given: str) -> bool:
@@ -2313,7 +2394,7 @@ def site_answer(xnat: "Standin", exchange: Exchange) -> Answer:
         try:
             refusal = answer_of(xnat, exchange)
         except XnatError as error:
-            refusal = status_page(error.status, error.text)
+            refusal = xnat.page(error.status, error.text)
     if exchange.new_session:
         expiry = '"%d,%d"' % (time.time() * 1000, xnat.knobs.session_timeout * 1000)
         refusal = refusal._replace(headers=refusal.headers + (
@@ -2369,12 +2450,14 @@ def met(xnat: "Standin", exchange: Exchange) -> Answer:
     before(xnat, exchange, fault)
     if fault.kind == "early status":
         return nginx_page(fault.status, fault.retry_after, linger=True)
-    if fault.kind == "background":
+    if fault.kind in ("background", "queued"):
         return go_on_alone(xnat, exchange, fault)
+    if fault.kind == "late landing":
+        return land_late(xnat, exchange, fault)
     make = INSTEAD.get(fault.kind)
     if make:
         Spool(exchange.body.some).file.close()
-        return make(fault)
+        return make(xnat, fault)
     return after(xnat, exchange, fault, site_answer(xnat, exchange))
 
 
@@ -2382,7 +2465,8 @@ def before(xnat: "Standin", exchange: Exchange, fault: Fault) -> None:
     """What happens before the body is read."""
     if fault.kind == "reset before":
         raise Vanish(reset=True)
-    if fault.kind == "reset during" and isinstance(exchange.body, Body):
+    if isinstance(exchange.body, Body) and (
+            fault.kind == "reset during" or fault.kind == "late landing" and fault.after_bytes):
         exchange.body.cut_after = fault.after_bytes
     elif fault.kind == "stall before":
         xnat.pause(fault.seconds)
@@ -2400,16 +2484,17 @@ def vanish(last_words: bytes = b"") -> Answer:
     raise Vanish(reset=False, last_words=last_words)
 
 
-INSTEAD: Dict[str, Callable[[Fault], Answer]] = {
-    "status": lambda fault: nginx_page(fault.status, fault.retry_after),
-    "error page": lambda fault: status_page(fault.status, fault.text),
-    "close": lambda fault: vanish(),
-    "login page": lambda fault: Answer(200, LOGIN_PAGE.encode(), "text/html;charset=UTF-8"),
-    "empty": lambda fault: Answer(200, b"", "text/uri-list"),
-    "redirect": lambda fault: Answer(fault.status if fault.status // 100 == 3 else 302, headers=(
-        ("Location", fault.location),)),
-    "garbage": lambda fault: vanish(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
-    "answer": lambda fault: Answer(
+INSTEAD: Dict[str, Callable[["Standin", Fault], Answer]] = {
+    "status": lambda xnat, fault: nginx_page(fault.status, fault.retry_after),
+    "error page": lambda xnat, fault: xnat.page(fault.status, fault.text),
+    "close": lambda xnat, fault: vanish(),
+    "login page": lambda xnat, fault: Answer(200, LOGIN_PAGE.encode(), "text/html;charset=UTF-8"),
+    "empty": lambda xnat, fault: Answer(200, b"", "text/uri-list"),
+    "redirect": lambda xnat, fault: Answer(
+        fault.status if fault.status // 100 == 3 else 302,
+        headers=(("Location", fault.location),)),
+    "garbage": lambda xnat, fault: vanish(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
+    "answer": lambda xnat, fault: Answer(
         fault.status, fault.body, dict(fault.headers).get("Content-Type", "text/plain"),
         tuple(pair for pair in fault.headers if pair[0] != "Content-Type")),
 }
@@ -2417,18 +2502,38 @@ INSTEAD: Dict[str, Callable[[Fault], Answer]] = {
 
 def go_on_alone(xnat: "Standin", exchange: Exchange, fault: Fault) -> Answer:
     """The proxy gives up while XNAT works on."""
-    exchange.body = spool = Spool(exchange.body.some)
+    exchange.body = Spool(exchange.body.some)
     exchange.background = True
-
-    def work() -> None:
-        try:
-            site_answer(xnat, exchange)
-        finally:
-            spool.file.close()
-            xnat.journal_update(exchange)
-
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, args=(xnat, exchange), daemon=True).start()
+    if fault.kind == "queued":
+        xnat.wait_for(lambda: exchange.over or any(
+            row.queued for row in xnat.prearchive if exchange.path.endswith(row.uri)))
+        return vanish()
     return nginx_page(fault.status if fault.status != 503 else 504, fault.retry_after)
+
+
+def work(xnat: "Standin", exchange: Exchange, after_seconds: float = 0) -> Answer:
+    """The work for a client that may have gone; its body is in a Spool."""
+    try:
+        xnat.pause(after_seconds)
+        return site_answer(xnat, exchange)
+    finally:
+        exchange.over = True
+        if isinstance(exchange.body, Spool):
+            exchange.body.file.close()
+        xnat.journal_update(exchange)
+
+
+def land_late(xnat: "Standin", exchange: Exchange, fault: Fault) -> Answer:
+    """What came of a body, and is imported only later. A client that is still there gets an
+    answer, one that has gone does not; the import happens either way."""
+    remains = Remains(exchange.body.some)
+    exchange.body = Spool(remains.some)
+    exchange.background = True
+    if remains.end is None:
+        return work(xnat, exchange, fault.seconds)
+    threading.Thread(target=work, args=(xnat, exchange, fault.seconds), daemon=True).start()
+    raise remains.end
 
 
 def after(xnat: "Standin", exchange: Exchange, fault: Fault, answer: Answer) -> Answer:
@@ -2723,6 +2828,10 @@ class Standin:
         """SessionXMLRebuilder."""
         while not self._stopping.wait(self.knobs.tick_seconds):
             self.store.archive_idle()
+
+    def page(self, status: int, text: str) -> Answer:
+        """An error page."""
+        return status_page(status, text, 2 if self.since(1, 11) else 1)
 
     def since(self, *version: int) -> bool:
         """Whether this XNAT is that version or newer."""
