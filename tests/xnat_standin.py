@@ -1438,7 +1438,7 @@ class Import:
                     if not self._ignored(problem):
                         raise
                     failure = problem
-        except XnatError:
+        except (XnatError, OSError, Vanish):
             self._mark_error()
             raise
         except ZipTrouble:
