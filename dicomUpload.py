@@ -2458,22 +2458,22 @@ def anew(session: Session) -> str:
 # ---- telling -------------------------------------------------------------------------------
 
 
-REPORT = ("subject", "session", "series", "label", "status", "files", "copies", "damaged files",
-          "not-DICOM files", "bytes sent", "seconds", "tries", "HTTP status", "server's address",
-          "open in a browser", "message")
 # How a session ended, in words.
 ENDS = {
     "archived": "archived",
     "prearchived": "in the prearchive, waiting for review",
     "not archived": "not archived",
-    "held back": "held back in the prearchive until every series is sent",
+    "held back": "held back in the prearchive",
     "failed": "not there",
     "nothing to send": "nothing to send",
     "to send": "would be sent",
     "there": "already there",
 }
-COLOURS = {"archived": 32, "already there": 32, "in the prearchive": 33, "held back": 33,
-           "would be sent": 32, "not": 31, "damaged": 31, "packed": 31}
+RED, GREEN, YELLOW = 31, 32, 33
+COLOURS = {"archived": GREEN, "already there": GREEN, "sent": GREEN, "would be sent": GREEN,
+           "would send": GREEN, "All is there": GREEN, "in the prearchive": YELLOW,
+           "held back": YELLOW, "not archived": RED, "not there": RED, "not sent": RED,
+           "damaged": RED, "packed": RED, "Failed": RED}
 
 
 class Failure(NamedTuple):
@@ -2484,9 +2484,89 @@ class Failure(NamedTuple):
     to_do: str
 
     @property
-    def kind(self) -> Tuple[str, str]:
-        """The same for all failures of one kind: names and numbers do not count."""
-        return re.sub(r"\S*[\d_.]\S*", "*", self.what), self.to_do
+    def kind(self) -> str:
+        """The same for all of one kind: names and numbers do not count, what a server says does."""
+        what = re.sub(r" \((?!HTTP|curl)[^()]*\)", "", self.what)
+        what = re.sub(r"^\S.*? (?=(is|are|has|cannot|does|changed|could) )", "", what)
+        what = what if "(" in what else what.partition(": ")[0].replace("files", "file")
+        return re.sub(r"\S*[\d_./]\S*", "*", f"{what}: {self.to_do}")
+
+
+class Screen:
+    """Standard output and error: plain lines, and on a terminal one line that moves."""
+
+    def __init__(self) -> None:
+        clever = os.environ.get("TERM") != "dumb"
+        self.moves = sys.stderr.isatty() and clever
+        self._coloured = sys.stdout.isatty() and clever and not os.environ.get("NO_COLOR")
+        self._shown = False  # whether the moving line is there
+        self.heard = self._drawn = time.monotonic()  # a line; the moving one
+
+    def show(self, stream: TextIO, text: str, at: int = -1) -> None:
+        """A line; on a terminal broken between words, and the status word at `at` in a colour."""
+        self._erase()
+        self.heard = time.monotonic()
+        lines = [printable(text)]
+        if stream.isatty() and "python3 " not in text:  # a command is there to be copied
+            lines = wrapped(lines[0], terminal_width(stream))
+        first = lines[0]
+        word = next((each for each in COLOURS if at >= 0 and first.startswith(each, at)), "")
+        if word and self._coloured:
+            lines[0] = first[:at] + f"\033[{COLOURS[word]}m{word}\033[0m" + first[at + len(word):]
+        put(stream, "".join(line + "\n" for line in lines))
+
+    def move(self, text: Callable[[], str]) -> None:
+        """Draw the moving line anew, ten times a second at most."""
+        if time.monotonic() > self._drawn + 0.1:
+            self._drawn = time.monotonic()
+            self._erase()
+            put(sys.stderr, fitting(text(), min(80, terminal_width(sys.stderr)) - 1))
+            self._shown = True
+
+    def _erase(self) -> None:
+        if self._shown:
+            put(sys.stderr, "\r\033[K")
+            self._shown = False
+
+
+class Papers:
+    """Log and report of a run, in the workdir and for their owner only."""
+
+    def __init__(self) -> None:
+        self.report_path = ""
+        self.broken: Optional[Stop] = None  # they cannot be written
+        self.order: List[Session] = []  # whose rows are still to come, the next one last
+        self._handles: Dict[str, int] = {}
+        self._early: Dict[Session, str] = {}  # rows of sessions that have overtaken others
+
+    def open(self, settings: Settings) -> None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        base = next(base for base in itertools.chain([first], (
+            f"{first}-{number}" for number in itertools.count(2)))  # for runs within one second
+            if not os.path.exists(base + ".log"))
+        self.report_path = base + ".csv"
+        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
+            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def write(self, kind: str, text: str) -> None:
+        raw = text.encode("utf-8", "backslashreplace")
+        try:
+            if kind in self._handles and os.write(self._handles[kind], raw) < len(raw):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._handles.clear()  # what ends the run must not keep its summary back
+            self.broken = Stop(f"{kind} beside {self.report_path}: cannot be written "
+                               f"({error.strerror}): make room, then run again")
+
+    def report(self, session: Session, rows: Iterable[Dict[str, Any]]) -> None:
+        """A session's rows, in the order of the folders."""
+        self._early[session] = "".join(csv_line(each.values()) for each in rows)
+        if len(self._early) > 999:  # memory has its bounds
+            self.order.clear()
+        while self._early and (not self.order or self.order[-1] in self._early):
+            self.write("report", self._early.pop(self.order.pop() if self.order else
+                                                 next(iter(self._early))))
 
 
 class Teller:
@@ -2496,101 +2576,60 @@ class Teller:
 
     def __init__(self) -> None:
         self.failures: List[Failure] = []
-        self.report_path = ""
         self.settings: Optional[Settings] = None
         self.stopped: Optional[Stop] = None  # by a signal
-        self._broken: Optional[Stop] = None  # log or report cannot be written
-        self._sessions: Counter[str] = Counter()
-        self._series: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()  # files and bytes of all kinds
+        self._screen, self._papers = Screen(), Papers()
+        self._ends: Counter[str] = Counter()  # of sessions
+        self._statuses: Counter[str] = Counter()  # of series
+        self._kinds: Counter[str] = Counter()  # of files that were not sent
+        self._counts: Counter[str] = Counter()  # files and bytes that were
         self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
         self._total = 0  # sessions
         self._widths = (0, 0)  # of labels and of series names
-        self._began = self._heard = self._drawn = time.monotonic()
+        self._began = time.monotonic()
         self._lock = threading.RLock()
-        self._handles: Dict[str, int] = {}  # of log and report, once they are open
-        self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._coloured = (sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-                          and not os.environ.get("NO_COLOR"))
-        self._shown = False  # whether the moving line is on the screen
 
-    def is_quiet(self) -> bool:
-        return bool(self.settings and self.settings.quiet)
-
-    def is_verbose(self) -> bool:
-        return bool(self.settings and self.settings.verbose)
+    def _has(self, switch: str) -> bool:
+        return bool(getattr(self.settings, switch, False))
 
     def open_files(self, settings: Settings) -> None:
-        """Begin log and report in the workdir, readable by their owner only."""
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
-        base = first
-        for number in itertools.count(2):  # for runs within one second
-            if not os.path.exists(base + ".log"):
-                break
-            base = f"{first}-{number}"
-        self.report_path = base + ".csv"
-        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
-            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._write("report", csv_line(REPORT))
+        """Begin log and report in the workdir."""
+        self._papers.open(settings)
+        nobody = Session("", "")
+        self._papers.write("report", csv_line(self._row(Outcome(nobody, []), Series("", ""))))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
     def check(self) -> None:
         """Raises Stop if a signal came where Python drops exceptions, or the log is full."""
-        if self.stopped or self._broken:
-            raise self.stopped or self._broken  # type: ignore[misc]
+        if self.stopped or self._papers.broken:
+            raise self.stopped or self._papers.broken  # type: ignore[misc]
 
     # One line
 
     def log(self, text: str) -> None:
         """A line for the log only; with --verbose on stderr too."""
-        self._keep(text)
-        if self.is_verbose():
-            self._show(sys.stderr, f"  {text}")
+        self._tell(text, [f"  {text}"] if self._has("verbose") else [])
 
-    def line(self, text: str = "", important: bool = True) -> None:
-        """A result: a line on stdout and in the log. --quiet shows only what is `important`."""
-        self._keep(text)
-        if important or not self.is_quiet():
-            self._show(sys.stdout, text)
+    def line(self, text: str = "", important: bool = True, at: int = -1) -> None:
+        """A result: a line on stdout and in the log. --quiet shows only what is `important`.
+        Its status word, if it has one, begins at `at`."""
+        self._tell(text, [text] if important or not self._has("quiet") else [], sys.stdout, at)
 
     def say(self, text: str, drawing: str = "") -> None:
         """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
-        self._keep(text)
-        for line in (f"dicomUpload: {text}", *drawing.splitlines()):
-            self._show(sys.stderr, line)
+        self._tell(text, [f"dicomUpload: {text}", *drawing.splitlines()])
+
+    def _tell(self, text: str, shown: List[str], stream: Optional[TextIO] = None, at: int = -1
+              ) -> None:
+        with self._lock:
+            self._papers.write("log", f"{now()} {printable(text)}\n")
+            for line in shown:
+                self._screen.show(stream or sys.stderr, line, at)
 
     def fail(self, where: str, trouble: Trouble) -> None:
         """Keep a failure for the summary."""
         with self._lock:
             self.failures.append(Failure(where, trouble.what, trouble.to_do))
-
-    def _keep(self, text: str) -> None:
-        self._write("log", f"{now()} {printable(text)}\n")
-
-    def _write(self, kind: str, text: str) -> None:
-        with self._lock:
-            if kind in self._handles:
-                try:
-                    raw = text.encode("utf-8", "backslashreplace")
-                    if os.write(self._handles[kind], raw) < len(raw):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError as error:
-                    self._handles.clear()  # what ends the run must not keep its summary back
-                    self._broken = Stop(f"{kind} beside {self.report_path}: cannot be written "
-                                        f"({error.strerror}): make room, then run again")
-
-    def _show(self, stream: TextIO, text: str) -> None:
-        """Print a line; on a terminal broken between words, and with a colour for its status."""
-        with self._lock:
-            self._erase()
-            self._heard = time.monotonic()
-            lines = [printable(text)]
-            if stream.isatty():
-                lines = wrapped(lines[0], terminal_width(stream))
-            if stream is sys.stdout and self._coloured:
-                lines[0] = coloured(lines[0])
-            put(stream, "".join(line + "\n" for line in lines))
 
     # While it goes on
 
@@ -2624,68 +2663,66 @@ class Teller:
     def plans(self, series: List[Series]) -> None:
         """A session has been read: so much of it is to be sent."""
         with self._lock:
-            self._counts["planned sessions"] += 1
-            self._counts["planned"] += sum(image.bytes for each in series
-                                           for image in each.missing)
+            planned = sum(image.bytes for each in series for image in each.missing)
+            self._counts.update({"planned": planned, "looked": 1})
 
     def progress(self) -> None:
         """On a terminal the one moving line; elsewhere a line now and then."""
         with self._lock:
-            moment = time.monotonic()
-            if self._moves and not self.is_quiet() and moment > self._drawn + 0.1:
-                self._drawn = moment
-                self._erase()
-                columns = min(80, terminal_width(sys.stderr))
-                put(sys.stderr, fitting(self._standing(), columns - 1))
-                self._shown = True
-            elif not (self._moves or self.is_quiet()) and moment > self._heard + self.HEARTBEAT:
+            if self._has("quiet"):
+                return
+            if self._screen.moves:
+                self._screen.move(self._standing)
+            elif time.monotonic() > self._screen.heard + self.HEARTBEAT:
                 self.say(f"still at work: {self._standing()}")
 
     def _standing(self) -> str:
         """How far it is, how fast, about how long it will take, and what is going on."""
-        names = [name for name, _ in self._at_work.values()][:1]
+        names = "".join([name for name, _ in self._at_work.values()][:1])
         if not self._total:
-            return f"[{''.join(names)}]"
-        counts, done = self._counts, sum(self._sessions.values())
+            return f"[{names}]"
+        counts, done = self._counts, sum(self._ends.values())
         sent = counts["bytes"] + sum(each for _, each in self._at_work.values())
         rate = sent / max(1.0, time.monotonic() - self._began)
+        words = [f"{done:,} of {plural(self._total, 'session')}"]
+        words += [f"{counts['failed']:,} failed"] if counts["failed"] else []
+        words += [size(sent), f"{size(rate)}/s"] if sent else [f"{counts['read']:,} files read"]
         # As if those that are not read yet were like those that are.
-        known = max(1, counts["planned sessions"] + self._sessions["known"])
-        total = counts["planned"] * max(1.0, (self._total - self._sessions["known"]) / known)
-        left = "  waiting for XNAT" if sent else f"  {counts['read']:,} files read"
-        if 0 < sent < 0.99 * total:
-            left = f"  about {duration((total - sent) / rate)} left"
-        return (f"[{done:,} of {plural(self._total, 'session')}  {size(sent)}  {size(rate)}/s{left}]"
-                f"  {''.join(names)}")
-
-    def _erase(self) -> None:
-        if self._shown:
-            put(sys.stderr, "\r\033[K")
-            self._shown = False
+        left = counts["planned"] / max(1, done, counts["looked"]) * self._total - sent
+        if 0 < sent < 99 * left:
+            words.append(f"about {duration(left / rate)} left")
+        return f"[{'  '.join(words)}]  {names}"
 
     # Before
 
     def begin(self, tree: Tree, xnat: Xnat) -> None:
         """What is about to happen, in a few lines."""
-        settings = xnat.settings
-        pairs = [(session, name) for session, name in tree.pairs()]
+        settings, series, widest = xnat.settings, 0, 0
+        out: Counter[str] = Counter()
+        for _, name in tree.pairs():
+            series, widest = series + 1, max(widest, len(name))
+            out.update(filter(None, [settings.left_out(name)]))
+        labels = [session.label for session in tree.sessions]
         self._at_work.pop(self, None)
-        self._total = len(tree.sessions)
-        self._widths = (max((len(session.label) for session in tree.sessions), default=0),
-                        min(40, max((len(printable(name)) for _, name in pairs), default=0)))
-        self._began = time.monotonic()
-        subjects = len({session.subject for session in tree.sessions})
-        left_out = sum(1 for _, name in pairs if settings.left_out(name))
-        self.line(f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
-                  f"{settings.user}", important=False)
-        self.line(f"{plural(subjects, 'subject')}, {plural(len(tree.sessions), 'session')}, "
-                  f"{len(pairs):,} series: {left_out:,} left out", important=False)
+        self._total, self._began = len(tree.sessions), time.monotonic()
+        self._widths = max(map(len, labels), default=0), min(40, widest)
+        self._papers.order = tree.sessions[::-1]
+        by = ", ".join(f'"{name}" {count:,}' for name, count in sorted(out.items()))
+        subjects = plural(len({session.subject for session in tree.sessions}), "subject")
+        lines = [f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
+                 f"{settings.user}",
+                 f"{subjects}, {plural(self._total, 'session')}, {series:,} series: "
+                 f"{sum(out.values()):,} left out" + (f" ({by})" if by else "")]
         if tree.not_chosen:
-            self.line(f"{plural(tree.not_chosen, 'session')} left out by --only or --shard",
-                      important=False)
+            lines.append(f"{plural(tree.not_chosen, 'session')} left out by --only or --shard")
         if tree.no_data:
-            self.line(f"{plural(len(tree.no_data), 'name')} left out that stand for no data (trash and "
-                      "the like)", important=False)
+            lines.append(f"{plural(len(tree.no_data), 'name')} left out that stand for no data (trash "
+                         "and the like)")
+        lines += [f"{session.path} becomes session {label} of subject {session.subject_label}"
+                  for session, label in zip(tree.sessions, labels)
+                  if label != session.path.rstrip("/").replace("/", "_")]
+        for line in lines:
+            self.line(line, important=False)
         if tree.strays:
             self.say(f"{tree.strays[0]}: {plural(len(tree.strays), 'file')} where folders belong: "
                      "not sent")
@@ -2693,213 +2730,210 @@ class Teller:
             self.log(f"where a folder belongs: {stray}")
         for path in tree.no_data:
             self.log(f"no data: {path}")
-        for session in tree.sessions:
-            if session.label != session.path.rstrip("/").replace("/", "_"):
-                self.line(f"{session.path} becomes session {session.label} of subject "
-                          f"{session.subject_label}", important=False)
         self.line(important=False)
 
     # One session
 
     def session(self, outcome: Outcome) -> None:
-        """A session is over: a line, one for each series that needs a person, rows in the report."""
+        """A session is over: its line, one for each series that needs a person, its rows."""
         with self._lock:
+            failed, verbose = outcome.failed(), self._has("verbose")
+            if outcome.where == "nothing to send" and failed:
+                outcome.where = "failed"
             for series in outcome.series:
                 self._one_series(outcome, series)
-            label, trouble = outcome.session.label, outcome.trouble
-            self._sessions[outcome.where] += 1
-            self._sessions["earlier"] += outcome.earlier
-            text = self._session_text(outcome)
-            if trouble:
-                self.fail(label, trouble)
-            self.line(f"{label:<{self._widths[0]}}  {text}", important=outcome.failed())
+            if outcome.trouble:
+                self.fail(outcome.session.label, outcome.trouble)
+            self._counts["failed"] += failed
+            line = f"{outcome.session.label:<{self._widths[0]}}  {self._end(outcome)}"
+            if verbose or failed or not outcome.earlier or not self._screen.moves:
+                self.line(line + f"  {self._page(outcome)}" * verbose, failed, self._widths[0] + 2)
+            else:
+                self._tell(line, [])  # on a terminal a rerun shows what is new
+            self._papers.report(outcome.session, [self._row(outcome, each)
+                                                  for each in outcome.series])
 
-    def _session_text(self, outcome: Outcome) -> str:
-        end, trouble = ENDS[outcome.where], outcome.trouble
-        if trouble:
-            return f"{end}: {trouble}" if outcome.where not in str(trouble) else str(trouble)
-        if outcome.where in ("archived", "prearchived"):
-            files = plural(outcome.files, "file")
-            if outcome.earlier:
-                return f"already there, {files}" + (f", {end}" if end != "archived" else "")
-            return f"{end}, {files} verified"
+    def _end(self, outcome: Outcome) -> str:
+        """How it ended, with what a line says beside."""
+        there = outcome.where in ("archived", "prearchived")
+        end = ENDS["there" if outcome.earlier and outcome.where == "archived" else outcome.where]
+        self._ends[end] += 1
+        if outcome.trouble:
+            what = outcome.trouble.what
+            return what if what.startswith(end) else f"{end}: {what}"
         if outcome.where == "to send":
-            images = [image for each in outcome.series for image in each.missing]
-            return (f"{end}: {plural(len(images), 'file')}, "
-                    f"{size(sum(image.bytes for image in images))}")
-        return end
+            return f"{end}: {amount(image for each in outcome.series for image in each.missing)}"
+        return end + f", {plural(outcome.files, 'file')}" * (there or outcome.where == "there") + (
+            " verified" if there and not outcome.earlier else "")
 
     def _one_series(self, outcome: Outcome, series: Series) -> None:
-        label, dry = outcome.session.label, bool(self.settings and self.settings.dry_run)
+        label, dry, need = outcome.session.label, self._has("dry_run"), series.wants_a_person()
         name = f"{label} {series.name}"
-        for each in series.problems:
-            self.fail(name, each)
-        if series.damaged:
-            self.fail(name, Trouble(
-                f"{plural(len(series.damaged), 'file')} damaged ({some(series.damaged)})",
-                "copy from the source again, then run again; the others are sent"))
-        if series.packed:
-            self.fail(name, Trouble(f"{plural(len(series.packed), 'file')} packed "
-                                    f"({some(series.packed)})", "unpack it, then run again"))
-        for kind in ("damaged", "packed", "copies", "not_dicom"):
-            names = getattr(series, kind)
-            self._counts[kind] += len(names)
+        if not series.status or series.problems and series.status == "already there":
+            good = dry and not (series.problems or outcome.trouble)
+            series.status = "would send" if good else "not sent"
+        self._statuses[series.status] += 1
+        wrong = troubles(series)
+        for trouble in wrong:
+            self.fail(name, trouble)
+        for kind, names in (("damaged", series.damaged), ("packed", series.packed),
+                            ("copy", series.copies), ("not DICOM", series.not_dicom)):
+            self._kinds[kind] += len(names)
             for each in names:
-                self._keep(f"{kind.replace('_dicom', ' DICOM')}: {name}: {each}")
-        if series.problems and series.status in ("", "already there", "sent"):
-            series.status = "not sent" if series.status != "sent" else "sent"
-        elif not series.status:
-            series.status = "would send" if dry and not outcome.trouble else "not sent"
-        self._series[series.status] += 1
-        self._series["wrong"] += bool(series.wants_a_person())
-        if dry or self.is_verbose() or series.wants_a_person():
-            self.line(f"{label:<{self._widths[0]}}  {printable(series.name):<{self._widths[1]}}  "
-                      f"{series.status:<13} {detail(series)}".rstrip(),
-                      important=series.wants_a_person())
-        self.report(outcome, series)
+                self._tell(f"{kind}: {name}: {each}", [])
+        if dry or need or self._has("verbose"):
+            shown = printable(series.name)
+            shown += " " * (self._widths[1] - width_of(shown))
+            start = f"{label:<{self._widths[0]}}  {shown}  "
+            marked = need and not series.problems  # of such a line what is wrong has the colour
+            self.line(f"{start}{series.status:<13}  "
+                      f"{'; '.join([each.what for each in wrong] + detail(series))}".rstrip(),
+                      need, len(start) + 15 * marked)
 
-    def report(self, outcome: Outcome, series: Series) -> None:
-        """One row in the report."""
+    def _row(self, outcome: Outcome, series: Series) -> Dict[str, Any]:
+        """A series in the report."""
         session = outcome.session
-        message = "; ".join(filter(None, [
-            *map(str, series.problems), *series.damaged, *(f"{each} is packed" for each in
-                                                           series.packed), series.message]))
+        message = "; ".join(filter(None, [*map(str, troubles(series)), series.message]))
         if not message and series.status not in ("left out", "no DICOM", "copy"):
             message = str(outcome.trouble or "") or (
                 ENDS[outcome.where] if outcome.where not in ("archived", "there") else "")
-        row = (session.subject, session.name, series.name, session.label, series.status,
-               series.there, len(series.copies), len(series.damaged), len(series.not_dicom),
-               series.zipped, f"{series.seconds:.1f}", series.tries, series.http or "",
-               outcome.address, self._page(outcome), message)
-        self._write("report", csv_line([cell(each) for each in row]))
+        return {
+            "subject": session.subject, "session": session.name, "series": series.name,
+            "label": session.label, "status": series.status, "files": series.there,
+            "copies": len(series.copies), "damaged files": len(series.damaged),
+            "not-DICOM files": len(series.not_dicom), "bytes sent": series.zipped,
+            "seconds": f"{series.seconds:.1f}", "tries": series.tries,
+            "HTTP status": series.http or "", "server's address": outcome.address,
+            "open in a browser": self._page(outcome), "message": message}
 
     def _page(self, outcome: Outcome) -> str:
         """The address under which a person finds the session."""
         url, address = self.settings.url if self.settings else "", outcome.address
-        if not address:
-            return ""
-        return url + ("/app/template/XDATScreen_prearchives.vm" if "/prearchive/" in address
-                      else f"{address}?format=html")
+        return "" if not address else url + (
+            "/app/template/XDATScreen_prearchives.vm" if "/prearchive/" in address
+            else f"{address}?format=html")
 
     # After
 
     def summary(self, upload: Upload, again: bool) -> None:
-        """The end: how much is there, each failure again, what a stop left, and what to do."""
-        settings, ends = upload.settings, self._sessions
-        rest = upload.rest()
+        """The end: each failure again, how much is there, what a stop left, and what to do."""
+        dry, rest, line = upload.settings.dry_run, upload.rest(), self.line
         for outcome in rest:
             for each in outcome.series:
                 each.status = each.status or "not sent"
                 each.message = each.message or ("the run was stopped before its session was whole: "
                                                 "run again")
-                self.report(outcome, each)
-        done = sum(ends[end] for end in ENDS)
-        total = done + len(rest)
-        there = ends["archived"] + ends["prearchived"]
-        self.line(important=False)
-        if settings.dry_run:
-            self._dry_end(upload)
-        else:
-            words = [f"{there} of {plural(total, 'session')} archived and verified"]
-            if ends["prearchived"]:
-                words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of "
-                         "them in the prearchive"]
-            if ends["earlier"]:
-                words[0] += f" ({ends['earlier']} of them already there)"
-            words += [f"{ends[end]} {end}" for end in ("not archived", "held back", "failed",
-                                                       "nothing to send") if ends[end]]
-            words += [f"{len(rest)} not finished"] if rest else []
-            self.line("; ".join(words) + ".")
-        self._count_line(upload)
+            self._papers.report(outcome.session, [self._row(outcome, each)
+                                                  for each in outcome.series])
+        room = self._room(upload) if dry else ""
+        self._tell_failures()
+        line(important=False)
+        self._tell_counts(upload, len(rest))
+        if room:
+            line(room)
+        if rest:
+            line(f"Not finished: {some([outcome.session.label for outcome in rest], 5)}")
         halves = [outcome.session.label for outcome in rest if outcome.address or any(
             each.sent for each in outcome.series)]
         if halves:
-            self.line(f"Not whole in the prearchive, do not archive by hand: {', '.join(halves)}")
-        self._tell_failures(rest)
-        if settings.dry_run:
-            self.line(f"Nothing was sent. To send: {settings.command}")
-        elif (self.failures or rest) and again:
-            self.line(f"Run the same command again to finish: {settings.command}")
+            line(f"Not whole in the prearchive, do not archive by hand: {some(halves)}")
+        if self._ends[ENDS["prearchived"]]:
+            line("Those in the prearchive wait for review: somebody must archive them there.")
+        if self._papers.report_path:
+            line(f"Report: {self._papers.report_path}")
+        if dry:
+            line(f"Nothing was sent. To send: {upload.settings.command}")
         elif not (self.failures or rest):
-            self.line("All is there.")
-        if ends["prearchived"]:
-            self.line("Those in the prearchive wait for review: somebody must archive them there.")
-        if self.report_path:
-            self.line(f"Report: {self.report_path}")
+            line("All is there.", at=0)
+        elif again:
+            fix = any(not each.to_do.startswith("run again") for each in self.failures)
+            line((f"Fix the {len(self.failures):,} above, then run" if fix else "Run") +
+                 f" the same command again to finish: {upload.settings.command}")
 
-    def _count_line(self, upload: Upload) -> None:
-        counts = [f"{self._series[status]:,} {word}" for status, word in (
-            ("sent", "sent"), ("would send", "to send"), ("already there", "already there"),
-            ("left out", "left out"), ("copy", "copies of others"), ("no DICOM", "without DICOM"),
-            ("not sent", "failed")) if self._series[status]]
-        self.line(f"Series: {', '.join(counts) or 'none finished'}.")
-        kinds = [f"{self._counts[kind]:,} {word}" for kind, word in (
-            ("not_dicom", "not DICOM"), ("copies", "copies"), ("damaged", "damaged"),
-            ("packed", "packed")) if self._counts[kind]]
+    def _tell_failures(self) -> None:
+        """Under one heading, those of one kind as one entry: what it is, below it what to do."""
+        kinds: Dict[str, List[Failure]] = defaultdict(list)
+        for failure in sorted(self.failures):
+            kinds[failure.kind].append(failure)
         if kinds:
-            self.line(f"Files not sent: {', '.join(kinds)} (named in the log)."
-                      if self.report_path else f"Files not sent: {', '.join(kinds)}.")
-        seconds = time.monotonic() - self._began
+            self.line(important=False)
+            self.line(f"Failed ({len(self.failures):,}):", at=0)
+        for first, *more in kinds.values():
+            self.line(f"  {first.where}: {first.what}")
+            if more:
+                self.line(f"      and {len(more):,} more like it: "
+                          f"{some([each.where for each in more], 3)}")
+            self.line(f"      {first.to_do}")
+
+    def _tell_counts(self, upload: Upload, rest: int) -> None:
+        """How many of everything."""
+        ends = self._ends + Counter({"not finished": rest})
+        for noun, counts in (("session", ends), ("series", self._statuses)):
+            parts = ", ".join(f"{count:,} {word}" for word, count in counts.most_common())
+            count = sum(counts.values())
+            self.line(f"{plural(count, noun, noun.rstrip('s') + 's')}: {parts or 'none'}.")
+        parts = ", ".join(plural(count, word, {"copy": "copies"}.get(word, word))
+                          for word, count in self._kinds.most_common() if count)
+        if parts:
+            named = " (named in the log)" if self._papers.report_path else ""
+            self.line(f"Files not sent: {parts}{named}.")
+        seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
         if self._counts["files"]:
             level = upload.level.used.most_common(1)[0][0] if upload.level.used else 1
-            self.line(f"{plural(self._counts['files'], 'file')}, {size(self._counts['bytes'])} in "
-                      f"{duration(seconds)} ({size(self._counts['bytes'] / max(seconds, 0.1))}/s), "
-                      f"mostly zipped at level {level}.")
+            self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), mostly zipped at "
+                      f"level {level}.")
 
-    def _dry_end(self, upload: Upload) -> None:
-        settings, ends = upload.settings, self._sessions
-        words = [f"{ends[end]} {word}" for end, word in (
-            ("to send", "would be sent"), ("there", "already there"), ("failed", "failed"),
-            ("nothing to send", "nothing to send")) if ends[end]]
-        self.line(f"{plural(sum(ends[end] for end in ENDS), 'session')}: {', '.join(words)}.")
-        folder = os.path.abspath(settings.workdir)
+    def _room(self, upload: Upload) -> str:
+        """What a dry run says of the workdir's disk."""
+        folder = os.path.abspath(upload.settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         free = shutil.disk_usage(folder).free
-        self.line(f"Room for zips in {settings.workdir}: {size(free)} free, up to "
-                  f"{size(sum(upload.largest))} needed at once")
         if upload.largest and upload.largest[0] > free:
-            self.fail(f"workdir {settings.workdir}", Trouble(
+            self.fail(f"workdir {upload.settings.workdir}", Trouble(
                 f"is too full for the largest zip ({size(upload.largest[0])})",
                 "make room, or lower --max-files"))
-
-    def _tell_failures(self, rest: List[Outcome]) -> None:
-        """Under one heading, those of one kind as one entry: what it is, and below it what to do."""
-        kinds: Dict[Tuple[str, str], List[Failure]] = defaultdict(list)
-        for failure in self.failures:
-            kinds[failure.kind].append(failure)
-        if self.failures or rest:
-            self.line(f"Not there ({len(self.failures) + len(rest)}):")
-        for alike in kinds.values():
-            for failure in alike[:3]:
-                self.line(f"  {failure.where}: {failure.what}")
-            if alike[3:]:
-                self.line(f"  and {len(alike) - 3:,} more of this kind: "
-                          f"{some([each.where for each in alike[3:]], 5)}")
-            self.line(f"      {alike[0].to_do}")
-        if rest:
-            self.line(f"  {plural(len(rest), 'session')} not reached, the run was stopped: "
-                      f"{some([outcome.session.label for outcome in rest], 5)}")
+        return (f"Room for zips in {upload.settings.workdir}: {size(free)} free, up to "
+                f"{size(sum(upload.largest))} needed at once")
 
 
-def detail(series: Series) -> str:
-    """What a line says of a series beyond its status."""
-    words = [str(each) for each in series.problems] or [series.message]
+def troubles(series: Series) -> List[Trouble]:
+    """What is wrong with a series, that of one kind as one."""
+    alike: Dict[str, List[Trouble]] = defaultdict(list)
+    for each in series.problems:
+        alike[Failure("", each.what, each.to_do).kind].append(each)
+    found = [Trouble(first.what + f" (and {len(more):,} more like it)" * bool(more), first.to_do)
+             for first, *more in alike.values()]
     if series.damaged:
-        words.append(f"{len(series.damaged)} damaged: {some(series.damaged)}")
+        found.append(Trouble(f"damaged: {some(series.damaged)}", "copy from the source again, then "
+                             "run again; the others are sent"))
     if series.packed:
-        words.append(f"{len(series.packed)} packed: {some(series.packed)}")
+        found.append(Trouble(f"packed: {some(series.packed)}", "unpack it, then run again"))
+    return found
+
+
+def detail(series: Series) -> List[str]:
+    """What a line says of a series beside its status and what is wrong with it."""
+    words, others = [series.message], series.there - series.sent
     if series.status == "sent":
-        words.append(f"{plural(series.sent, 'file'):>11}  {size(series.bytes):>8}  "
-                     f"{series.seconds:.1f} s")
+        words += [f"{plural(series.sent, 'file')}, {size(series.bytes)}", f"{series.seconds:.1f} s"]
     elif series.status == "would send":
-        total = sum(image.bytes for image in series.missing)
-        words.append(f"{plural(len(series.missing), 'file'):>11}  {size(total):>8}")
+        words.append(amount(series.missing))
+    if others > 0:
+        words.append(f"{plural(others, 'file')} already there" if words[1:] else
+                     plural(others, "file"))
     if series.copies and series.status != "copy":
-        words.append(f"({plural(len(series.copies), 'copy', 'copies')}: {some(series.copies)})")
+        words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies, 2)}")
     if series.not_dicom and series.images:
-        words.append(f"({len(series.not_dicom)} not DICOM: {some(series.not_dicom)})")
-    return "  ".join(filter(None, words))
+        words.append(f"{len(series.not_dicom):,} not DICOM: {some(series.not_dicom, 2)}")
+    return list(filter(None, words))
+
+
+def amount(images: Iterable[File]) -> str:
+    """How many files, and how large they are."""
+    sizes = [image.bytes for image in images]
+    return f"{plural(len(sizes), 'file')}, {size(sum(sizes))}"
 
 
 def some(names: Sequence[str], most: int = 20) -> str:
@@ -2911,8 +2945,7 @@ def some(names: Sequence[str], most: int = 20) -> str:
 def put(stream: TextIO, text: str) -> None:
     """Write at once. A reader that has gone away (`| head`, a terminal) stops no upload; one that
     is slow for a moment loses no line."""
-    coding = stream.encoding or "ascii"
-    raw = text.encode(coding, "backslashreplace")
+    raw = text.encode(stream.encoding or "ascii", "backslashreplace")
     try:
         stream.flush()
         handle = stream.fileno()
@@ -2932,16 +2965,18 @@ def terminal_width(stream: TextIO) -> int:
     return 80
 
 
-def csv_line(row: Sequence[object]) -> str:
+def csv_line(row: Iterable[object]) -> str:
+    """A row in which no spreadsheet takes a name for a formula."""
     text = io.StringIO()
-    csv.writer(text).writerow(row)
+    csv.writer(text).writerow("'" * (str(each)[:1] in tuple("=+-@")) + printable(str(each))
+                              for each in row)
     return text.getvalue()
 
 
 def width_of(text: str) -> int:
     """Columns on a terminal: letters of some scripts are two wide, accents none."""
-    return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
-               for each in text)
+    return sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in text
+               if not unicodedata.combining(each))
 
 
 def fitting(text: str, columns: int) -> str:
@@ -2954,8 +2989,6 @@ def fitting(text: str, columns: int) -> str:
 
 def wrapped(text: str, columns: int) -> List[str]:
     """`text` in lines that fit, broken between words where it can be, with the rest indented."""
-    if width_of(text) <= columns:
-        return [text]
     lines, indent = [""], " " * (len(text) - len(text.lstrip()) + 4)
     for word in re.findall(r" *[^ ]+", text):
         if lines[-1].strip() and width_of(lines[-1] + word) > columns:
@@ -2965,24 +2998,10 @@ def wrapped(text: str, columns: int) -> List[str]:
     return lines
 
 
-def coloured(line: str) -> str:
-    """A line with its status word in a colour."""
-    found = re.search(r"(?<=  )(" + "|".join(map(re.escape, COLOURS)) + r")\b", line)
-    if not found:
-        return line
-    return f"{line[:found.start()]}\033[{COLOURS[found[1]]}m{found[1]}\033[0m{line[found.end():]}"
-
-
 def printable(text: str) -> str:
     """`text` with control characters, line breaks and bytes that are no text made visible."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode()
                    for each in text)
-
-
-def cell(value: object) -> str:
-    """A value that no spreadsheet takes for a formula."""
-    text = printable(str(value))
-    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
 
 
 def now() -> str:
@@ -2993,18 +3012,16 @@ def size(count: float) -> str:
     """Bytes, for people."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
-            digits = 1 if unit != "bytes" and count < 10 else 0
-            return f"{count:.{digits}f} {unit}"
+            return f"{count:.{int(unit != 'bytes' and count < 10)}f} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
 
 
 def duration(seconds: float) -> str:
     """Seconds, for people."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else (
-        f"{seconds} s")
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else (
+        f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s")
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
