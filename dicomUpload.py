@@ -305,6 +305,7 @@ class Tree:
     strays: List[str] = field(default_factory=list)  # files where folders belong
     no_data: List[str] = field(default_factory=list)  # names that stand for none
     not_chosen: int = 0  # sessions
+    labels: Set[str] = field(default_factory=set)  # of all sessions, chosen or not
 
     def pairs(self) -> Iterator[Tuple[Session, str]]:
         return ((session, series) for session in self.sessions for series in session.series)
@@ -328,6 +329,7 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
         for name in names:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
             claim(owners, "session", Session(subject, name).label, path)
+            tree.labels.add(Session(subject, name).label)
             chosen = settings.chooses(subject, name)
             if chosen or len(tree.sample) < SAMPLE:
                 with suppress(OSError):  # reading it will say why
@@ -1905,6 +1907,8 @@ class Ledger:
         self.exclusions: Set[str] = set()  # of earlier runs
         self._where = {"v": 2, "server": settings.url, "project": project}
         self._ended: Dict[Tuple[str, str], int] = {}  # where in the file
+        self._root = os.path.realpath(settings.rootdir)
+        self.from_here: Set[str] = set()  # labels of sessions that came from this ROOTDIR
         self._parts: Dict[Tuple[str, str], List[Dict[str, str]]] = defaultdict(list)
         self._lock = threading.Lock()
         self._end, raw = 0, b"\n"
@@ -1938,6 +1942,8 @@ class Ledger:
         else:
             self._parts.pop(key, None)
             self._ended[key] = at
+            if line.get("root") == self._root:
+                self.from_here.add(line["session"])
 
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
@@ -1957,7 +1963,8 @@ class Ledger:
 
     def add(self, session: Session, event: str, **more: Any) -> None:
         """Write an event down and sync it. Raises Stop(3) if that fails."""
-        self._add(event, subject=session.subject_label, session=session.label, **more)
+        self._add(event, subject=session.subject_label, session=session.label, root=self._root,
+                  **more)
 
     def exclude(self, names: Set[str]) -> None:
         """Remember these exclusions in place of those of earlier runs."""
@@ -2045,6 +2052,8 @@ class Upload:
                 self.teller.progress()
         except BaseException as end:
             self.xnat.programs.stop()
+            if isinstance(end, RuntimeError):  # of threads or memory
+                raise Stop(f"this system starts no more threads ({end}): lower --procs")
             raise self.stop if self.stop and isinstance(end, Stopping) else end
         finally:
             for each in (pool, self.lanes, self.packers):
@@ -2233,6 +2242,10 @@ class Upload:
                 ) -> None:
         """Hold a series against what an earlier run has archived of it."""
         listing, images, count, by_crc = memory.series.get(series.name, ("", "", 0, False))
+        if count and not (series.images or series.problems):
+            self.teller.say(f"{outcome.session.label} {series.name}: an earlier run sent "
+                            f"{plural(count, 'image')} from it, and it has none any more: see whether "
+                            "that is meant")
         if not (count and archived and memory.ended == "archived" and series.images):
             return
         if not told:  # a script has changed the UIDs: what an earlier run verified is there
@@ -3293,6 +3306,11 @@ def send_all(tree: Tree, upload: Upload) -> int:
     teller.begin(tree, xnat)
     if not settings.dry_run:
         ledger.exclude(set(settings.config) | (set() if settings.again else ledger.exclusions))
+    gone = sorted(ledger.from_here - tree.labels)
+    if gone:
+        teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent from "
+                   f"here {'have' if gone[1:] else 'has'} no folder any more ({some(gone, 5)}): see "
+                   "whether that is meant")
     for folder, trouble in look_at_strays(tree):
         teller.fail(folder, trouble)
     status, again = ALL_THERE, True
