@@ -1218,19 +1218,18 @@ class Answer:
 
 
 # What stands in error pages beside the reason: headings, and the names of the statuses.
-NO_REASON = re.compile(r"Status page$|You can get technical details|Please continue your visit|"
-                       r"([A-Z][a-z]+ ?){1,3}$")
+NO_REASON = re.compile("Status page$|You can get technical details|Please continue your visit|"
+                       "[A-Z][a-z]+( [A-Z][a-z]+){0,2}$")
 
 
 def sentence(body: str) -> str:
     """The reason in an error page: XNAT's stands in <h3>, in newer ones in a <p>."""
     text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body)
-    for tag in ("h3", "p", "title", "h[1-6]", ""):
-        for found in re.findall(rf"(?is)<{tag}[^>]*>(.*?)</{tag}>" if tag else "(?s)(.*)", text):
-            words = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", found)).split())
-            if words and not NO_REASON.match(words):
-                return words[:300]
-    return ""
+    found = [each for tag in ("h3", "p", "title", "h[1-6]")
+             for each in re.findall(f"(?is)<{tag}[^>]*>(.*?)</{tag}>", text)] or [text]
+    words = [" ".join(html.unescape(re.sub("<[^>]*>", " ", each)).split()) for each in found]
+    words = [each for each in words if not NO_REASON.match(each)] + words
+    return next((each[:300] for each in words if each), "")
 
 
 class Curl:
@@ -1653,11 +1652,14 @@ class Xnat(Curl):
         `known` says that an earlier run brought it there: a script of the site may have changed
         its Study UID since.
         """
-        rows = [("archive", row, row.get("subject_label", ""), row.get("uid", ""))
+        waiting = self._prearchive.get(session.label, [])
+        still = [row for row in waiting if self.status(address_of(row))]
+        if len(still) < len(waiting):  # an earlier commit has archived it since the meeting
+            self._look_again(session, still)
+        rows = [("archive", row.get("subject_label", ""), row.get("uid", ""))
                 for row in [self.archived(session) or {}]]
-        rows += [("prearchive", row, row.get("subject", ""), row.get("tag", ""))
-                 for row in self._prearchive.get(session.label, [])]
-        for where, row, subject, uid in rows:
+        rows += [("prearchive", row.get("subject", ""), row.get("tag", "")) for row in still]
+        for where, subject, uid in rows:
             if subject and subject.lower() != session.subject_label.lower():
                 raise Trouble(f"XNAT's {where} has {session.label} under subject {subject}, here it "
                               f"is subject {session.subject_label}", "rename the folder")
@@ -1805,12 +1807,17 @@ class Xnat(Curl):
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
                       meaning_of(answer).to_do, refused=True)
 
-    def _gone(self, session: Session, address: str) -> str:
-        """Where a session is that left the prearchive by a commit whose answer was lost."""
+    def _look_again(self, session: Session, waiting: List[Row]) -> None:
+        """Something of a session has left the prearchive: has it come into the archive?"""
+        self._prearchive[session.label] = waiting
         rows = table(self.ask_once(self._listing())[0].json())
         if self._archive is not None:  # the subject's label may differ in case
             self._archive.update({row["label"]: row for row in rows or []
                                   if row.get("label") == session.label})
+
+    def _gone(self, session: Session, address: str) -> str:
+        """Where a session is that left the prearchive by a commit whose answer was lost."""
+        self._look_again(session, [])
         path = self.archive_path(session)
         if self.holds(path) is None:
             raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive does not "
@@ -1922,7 +1929,7 @@ class Ledger:
 
     def _take(self, line: Dict[str, Any], at: int) -> None:
         if line["event"] == "exclude":
-            self.exclusions |= set(line["names"])
+            self.exclusions = set(map(str, line["names"]))
             return
         key = line["subject"], line["session"]
         if line["event"] == "sent":
@@ -1952,9 +1959,9 @@ class Ledger:
         """Write an event down and sync it. Raises Stop(3) if that fails."""
         self._add(event, subject=session.subject_label, session=session.label, **more)
 
-    def exclude(self, names: Iterable[str]) -> None:
-        """Remember the exclusions of this run."""
-        if set(names) - self.exclusions:
+    def exclude(self, names: Set[str]) -> None:
+        """Remember these exclusions in place of those of earlier runs."""
+        if names != self.exclusions:
             self._add("exclude", names=sorted(names))
 
     def _add(self, event: str, **more: Any) -> None:
@@ -1982,25 +1989,11 @@ class Ledger:
 # ---- upload --------------------------------------------------------------------------------
 
 
-class Part:
-    """Up to --max-files images of one series: one zip, one POST.
+class Part(NamedTuple):
+    """Up to --max-files images of one series: one zip, one POST."""
 
-    It takes room on the disk after the part before it, and is posted after that one is sent.
-    (Else one that waits could keep the room from the one that it waits for.)
-    """
-
-    def __init__(self, series: Series, files: List[File], before: Optional[Part]) -> None:
-        self.series = series
-        self.files = files
-        self.before = before
-        self.has_room = threading.Event()
-        self.over = threading.Event()
-        self.address = ""  # where it was sent
-
-    def end(self) -> None:
-        self.before = None
-        self.has_room.set()
-        self.over.set()
+    series: Series
+    files: List[File]
 
 
 class Way:
@@ -2008,21 +2001,8 @@ class Way:
 
     def __init__(self, session: Session, address: str) -> None:
         self.session = session
-        self.address = address  # '' until the answer to the first part has made the session
-        self._opening = threading.Lock()
-
-    @contextmanager
-    def turn(self, side_by_side: bool) -> Iterator[None]:
-        """One part alone until the session is made, then all that come."""
-        self._opening.acquire()
-        alone = not (side_by_side and self.address)
-        if not alone:
-            self._opening.release()
-        try:
-            yield
-        finally:
-            if alone:
-                self._opening.release()
+        self.address = address  # '' until the answer to a first part has made the session
+        self.answered = threading.Event()
 
 
 class Upload:
@@ -2042,30 +2022,44 @@ class Upload:
         self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
         self.whole: List[Session] = []  # archived, now or before
         self.largest: List[int] = []  # bytes of the largest zips that a dry run foresees
+        self.stop: Optional[Stop] = None  # why a thread stopped the run
         self._refused: List[str] = []  # the words of the last refusals, while they are alike
         self._lock = threading.Lock()
         # While as many sessions as may be posted are on the line, as many are read and packed.
         self.at_a_time = 1 if settings.procs == 1 else 2 * settings.procs
-        self.parts = ThreadPoolExecutor(2 * settings.procs)  # each has one zip at most
+        self.lanes = ThreadPoolExecutor(2 * settings.procs)
+        self.packers = ThreadPoolExecutor(2 * settings.procs)
+        self.zips = threading.Semaphore(2 * settings.procs)  # on the disk
         self.slots = threading.Semaphore(settings.procs)  # uploads and commits side by side
 
     def go(self) -> None:
         """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
         pool = ThreadPoolExecutor(self.at_a_time)
         try:
-            jobs = {pool.submit(self._work) for _ in range(self.at_a_time)}
+            jobs = {pool.submit(self._guard, self._work) for _ in range(self.at_a_time)}
             while jobs:
                 done, jobs = wait(jobs, timeout=0.25, return_when=FIRST_EXCEPTION)
-                for job in sorted(done, key=lambda job: isinstance(job.exception(), Stopping)):
+                for job in done:
                     job.result()
                 self.teller.check()
                 self.teller.progress()
-        except BaseException:
+        except BaseException as end:
+            self.xnat.programs.stop()
+            raise self.stop if self.stop and isinstance(end, Stopping) else end
+        finally:
+            for each in (pool, self.lanes, self.packers):
+                each.shutdown()
+
+    def _guard(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Work in a thread of its own: what stops it stops the run, at once."""
+        try:
+            return work(*given)
+        except BaseException as end:
+            with self._lock:
+                if isinstance(end, Stop) and not isinstance(end, Stopping):
+                    self.stop = self.stop or end
             self.xnat.programs.stop()
             raise
-        finally:
-            pool.shutdown()
-            self.parts.shutdown()
 
     def _work(self) -> None:
         """One session after another, while there are any."""
@@ -2124,7 +2118,7 @@ class Upload:
         if settings.dry_run:
             self._foresee(outcome, addresses)
             return
-        addresses += self._send(session, series, addresses)
+        addresses = self._send(session, series, addresses)
         outcome.address = addresses[-1] if addresses else ""
         outcome.where = "held back" if addresses else "failed"
         if any(each.problems for each in series):
@@ -2132,7 +2126,7 @@ class Upload:
         if self._has_changed(outcome):
             raise Trouble("its folder changed while it was sent", "run again when it is still")
         outcome.where = "not archived"
-        for address in dict.fromkeys(addresses):
+        for address in addresses:
             with self.slots, self.teller.at_work(f"archiving {session.label}"):
                 outcome.address = xnat.commit(session, address)
         self._verify(outcome, images, bool(addresses))
@@ -2173,7 +2167,7 @@ class Upload:
                          "there" if outcome.files else "nothing to send")
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
-                zip_room(files) for _, files in self._cut(series, False)])
+                zip_room(part.files) for part in self._cut(series, False)])
 
     def _has_changed(self, outcome: Outcome) -> bool:
         """Whether names, sizes or times in the session's folder are other than when it was read."""
@@ -2288,25 +2282,24 @@ class Upload:
     # Send
 
     def _send(self, session: Session, series: List[Series], addresses: List[str]) -> List[str]:
-        """POST what is missing, part by part; the addresses where that lies now."""
+        """POST what is missing, part by part; the addresses where the session lies now."""
         way = Way(session, addresses[-1] if addresses else "")
-        # One after another, or series side by side: once the first answer has made the session.
         side_by_side = self.xnat.takes_side_by_side() and self.settings.procs > 1
-        parts: List[Part] = []
+        parts = list(self._cut(series, side_by_side and self.alone and not addresses))
+        lanes: Dict[object, List[Part]] = defaultdict(list)  # one after another in each
+        for part in parts:
+            lanes[part.series if side_by_side else session].append(part)
         jobs = []
-        for each, files in self._cut(series, side_by_side and self.alone and not addresses):
-            before = next((part for part in reversed(parts)
-                           if part.series is each or not side_by_side), None)
-            parts.append(Part(each, files, before))
-            jobs.append(self.parts.submit(self._send_part, way, parts[-1], side_by_side))
+        for lane in lanes.values():
+            jobs.append(self.lanes.submit(self._guard, self._send_lane, way, lane))
+            if not way.address:  # the answer to the first part makes the session
+                way.answered.wait()
+                way.answered.clear()
         for job in jobs:
             job.result()
-        for part in parts:
-            if not part.series.problems:
-                part.series.status = "sent"
-        return [part.address for part in parts if part.address]
+        return list(dict.fromkeys(addresses + [address for job in jobs for address in job.result()]))
 
-    def _cut(self, series: List[Series], opener: bool) -> Iterator[Tuple[Series, List[File]]]:
+    def _cut(self, series: List[Series], opener: bool) -> Iterator[Part]:
         """The parts to send, in order."""
         most = self.settings.max_files
         # While a long session is the only one, nobody works until its first answer has come:
@@ -2315,58 +2308,78 @@ class Upload:
         for each in series:
             files = each.missing
             if opener and files:
-                yield each, files[:1]
+                yield Part(each, files[:1])
                 files, opener = files[1:], False
             for at in range(0, len(files), most):
-                yield each, files[at:at + most]
+                yield Part(each, files[at:at + most])
 
-    def _send_part(self, way: Way, part: Part, side_by_side: bool) -> None:
-        """Pack one part and post it, in its turn."""
-        series, before = part.series, part.before
-        assert self.workdir, "a dry run sends nothing"
+    def _send_lane(self, way: Way, parts: List[Part]) -> List[str]:
+        """Post parts one after another, the next one packed meanwhile; the addresses."""
+        addresses = []
         try:
-            if before:
-                before.has_room.wait()
-            with self.workdir.room_for(part.files) as zipped, self.teller.at_work(
-                    f"{way.session.label} {series.name}", part.files) as moved:
-                part.has_room.set()
-                if not series.problems:
-                    series.began = series.began or time.monotonic()
-                    self._pack(part, zipped)
-                if before:
-                    before.over.wait()
-                if not series.problems:  # else one before says why
-                    with way.turn(side_by_side), self.slots:
-                        self._post(way, part, zipped, moved)
-        except Trouble as trouble:
-            series.problems.append(trouble)
-        except OSError as error:
-            series.problems.append(unreadable(str(error.filename or "the workdir"), error))
+            packed = self.packers.submit(self._pack, parts[0])
+            for number, part in enumerate(parts, 1):
+                problems = part.series.problems
+                with ExitStack() as stack:
+                    try:
+                        zipped, room = packed.result()
+                        stack.enter_context(room)
+                    except Trouble as trouble:
+                        problems.append(trouble)
+                    if number < len(parts):
+                        packed = self.packers.submit(self._pack, parts[number])
+                    try:
+                        addresses += [] if problems else [self._post(way, part, zipped)]
+                    except Trouble as trouble:
+                        problems.append(trouble)
         finally:
-            part.end()
+            way.answered.set()
+        return addresses
 
-    def _pack(self, part: Part, zipped: str) -> None:
-        began, level, folder = time.monotonic(), self.level.choose(), part.series.folder
-        pack(folder, part.files, zipped, level, self.xnat.programs)
-        given, made = sum(file.bytes for file in part.files), os.path.getsize(zipped)
-        self.level.packed(level, given, made, time.monotonic() - began)
-        self.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level {level}, "
-                        f"{size(given)} to {size(made)}")
+    def _pack(self, part: Part) -> Tuple[str, ExitStack]:
+        """A part's zip, and what holds its place on the disk. Raises Trouble."""
+        assert self.workdir, "a dry run sends nothing"
+        folder = part.series.folder
+        with ExitStack() as stack:
+            if part.series.problems:
+                return "", stack
+            stack.enter_context(self.zips)
+            zipped = stack.enter_context(self.workdir.room_for(part.files))
+            part.series.began = part.series.began or time.monotonic()
+            began, level = time.monotonic(), self.level.choose()
+            try:
+                pack(folder, part.files, zipped, level, self.xnat.programs)
+                made = os.path.getsize(zipped)
+            except OSError as error:
+                raise unreadable(str(error.filename or "the workdir"), error)
+            given = sum(file.bytes for file in part.files)
+            self.level.packed(level, given, made, time.monotonic() - began)
+            self.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level {level}, "
+                            f"{size(given)} to {size(made)}")
+            return zipped, stack.pop_all()
 
-    def _post(self, way: Way, part: Part, zipped: str, moved: Callable[[float], None]) -> None:
-        began, made, series = time.monotonic(), os.path.getsize(zipped), part.series
-        part.address = self.xnat.post(way.session, series, len(part.files), zipped, moved)
-        self.level.posted(made, time.monotonic() - began)
-        self.ledger.add(way.session, "sent", series=series.name, first=part.files[0].name,
-                        last=part.files[-1].name, files=part_fingerprint(part.files),
-                        address=part.address)
-        moved(1.0)
-        way.address = part.address
+    def _post(self, way: Way, part: Part, zipped: str) -> str:
+        """POST a part, and note it; its address. Raises Trouble."""
+        series, name = part.series, f"{way.session.label} {part.series.name}"
+        with self.slots, self.teller.at_work(name, part.files) as moved:
+            began, made = time.monotonic(), os.path.getsize(zipped)
+            address = self.xnat.post(way.session, series, len(part.files), zipped, moved)
+            self.level.posted(made, time.monotonic() - began)
+            self.ledger.add(way.session, "sent", series=series.name, first=part.files[0].name,
+                            last=part.files[-1].name, files=part_fingerprint(part.files),
+                            address=address)
+            moved(1.0)
+        way.address = address
+        way.answered.set()
+        for file in part.files:
+            file.missing = False
         series.sent += len(part.files)
         series.there += len(part.files)
         series.bytes += sum(file.bytes for file in part.files)
         series.zipped += made
         series.seconds = time.monotonic() - series.began
+        series.status = "" if series.missing else "sent"
+        return address
 
     # Verify and note
 
@@ -3037,6 +3050,10 @@ class Parser(argparse.ArgumentParser):
             names = [word.partition("=")[0] for word in words if re.match(r"--[a-z]|-.$", word)]
             message = f"options {' '.join(names)}: unknown" if names else "arguments: too many"
             message += " (if PASS begins with -, set XNAT_PASS and give - instead)"
+        missing = message.partition("arguments are required: ")[2].split(", ")
+        if missing[0]:
+            refuse("URL USER PASS PROJECT ROOTDIR", f"only {5 - len(missing)} of these given: is "
+                   "PASS forgotten? give - there, and see --help")
         refuse(message, "see --help")
 
 
@@ -3078,6 +3095,8 @@ def check(given: argparse.Namespace) -> None:
     for name in ("url", "user", "password", "project"):
         if not sendable(getattr(given, name)):
             refuse(name.upper(), "is empty, or holds a character that is no text: give it again")
+    if "://" in given.user and "://" not in given.url:
+        refuse("USER", "looks like a URL: give URL USER PASS PROJECT ROOTDIR in this order")
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
@@ -3180,7 +3199,8 @@ def find_password(settings: Settings) -> Settings:
     """`settings` with the password that PASS - stands for. Raises Stop(2) if there is none."""
     if settings.password != "-":
         return settings
-    password = os.environ.get("XNAT_PASS") or netrc_password(settings.url, settings.user)
+    password = os.environ.get("XNAT_PASS", "").rstrip("\r\n")
+    password = password or netrc_password(settings.url, settings.user)
     if not password and sys.stdin and sys.stdin.isatty():
         with suppress(EOFError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
@@ -3202,6 +3222,8 @@ def netrc_password(url: str, user: str) -> str:
                               r"\s+password\s+([^\s\"]\S*)", file.read())
         if found and private:
             return found[1]
+        if found:
+            refuse("~/.netrc", "others can read it: chmod 600 ~/.netrc, or set XNAT_PASS")
         login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
     except FileNotFoundError:
         return ""
@@ -3275,7 +3297,7 @@ def send_all(tree: Tree, upload: Upload) -> int:
                    WRONG_CALL, LAYOUT)
     teller.begin(tree, xnat)
     if not settings.dry_run:
-        ledger.exclude(settings.config)
+        ledger.exclude(set(settings.config) | (set() if settings.again else ledger.exclusions))
     for folder, trouble in look_at_strays(tree):
         teller.fail(folder, trouble)
     status, again = ALL_THERE, True
@@ -3295,14 +3317,13 @@ def send_all(tree: Tree, upload: Upload) -> int:
 def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
     """Raises Stop(2) if series would be sent that earlier runs left out: was --config forgotten?"""
     earlier = replace(settings, config=tuple(sorted(ledger.exclusions)))
-    found = [f"{session.path}/{name}" for session, name in tree.pairs()
+    found = [] if settings.again else [f"{session.path}/{name}" for session, name in tree.pairs()
              if earlier.left_out(name) and not settings.left_out(name)]
     if found:
         names = sorted({earlier.left_out(each.rpartition("/")[2]) for each in found})
         refuse("--config", f"earlier runs left out {', '.join(map(json.dumps, names))}, this one "
                f"would send {plural(len(found), 'such series', 'such series')} ({some(found, 3)}): "
-               f"give --config as before, or delete {ledger.path} if it is meant so (the server "
-               "is then asked what it has)")
+               "give --config as before, or add --again if it is meant so")
 
 
 def stop_on_signals(teller: Teller) -> None:
