@@ -2582,8 +2582,8 @@ class Papers:
                                                  next(iter(self._early))))
 
 
-class Teller:
-    """The one place that prints: results to stdout, the rest to stderr, all of it to the log."""
+class Lines:
+    """Results to stdout, the rest to stderr, all of it to the log; and how far the run is."""
 
     HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
 
@@ -2592,13 +2592,9 @@ class Teller:
         self.settings: Optional[Settings] = None
         self.stopped: Optional[Stop] = None  # by a signal
         self._screen, self._papers = Screen(), Papers()
-        self._ends: Counter[str] = Counter()  # of sessions
-        self._statuses: Counter[str] = Counter()  # of series
-        self._kinds: Counter[str] = Counter()  # of files that were not sent
-        self._counts: Counter[str] = Counter()  # files and bytes that were
+        self._counts: Counter[str] = Counter()  # of sessions, files and bytes
         self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
         self._total = 0  # sessions
-        self._widths = (0, 0)  # of labels and of series names
         self._began = time.monotonic()
         self._lock = threading.RLock()
 
@@ -2608,8 +2604,7 @@ class Teller:
     def open_files(self, settings: Settings) -> None:
         """Begin log and report in the workdir."""
         self._papers.open(settings)
-        nobody = Session("", "")
-        self._papers.write("report", csv_line(self._row(Outcome(nobody, []), Series("", ""))))
+        self._papers.write("report", csv_line(row_of(Outcome(Session("", ""), []), Series("", ""))))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
     def check(self) -> None:
@@ -2694,7 +2689,7 @@ class Teller:
         names = "".join([name for name, _ in self._at_work.values()][:1])
         if not self._total:
             return f"[{names}]"
-        counts, done = self._counts, sum(self._ends.values())
+        counts, done = self._counts, self._counts["done"]
         sent = counts["bytes"] + sum(each for _, each in self._at_work.values())
         rate = sent / max(1.0, time.monotonic() - self._began)
         words = [f"{done:,} of {plural(self._total, 'session')}"]
@@ -2706,7 +2701,16 @@ class Teller:
             words.append(f"about {duration(left / rate)} left")
         return f"[{'  '.join(words)}]  {names}"
 
-    # Before
+
+class Teller(Lines):
+    """What a run tells: what is about to happen, how each session ended, and the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: Counter[str] = Counter()  # of sessions
+        self._statuses: Counter[str] = Counter()  # of series
+        self._kinds: Counter[str] = Counter()  # of files that were not sent
+        self._widths = (0, 0)  # of labels and of series names
 
     def begin(self, tree: Tree, xnat: Xnat) -> None:
         """What is about to happen, in a few lines."""
@@ -2745,8 +2749,6 @@ class Teller:
             self.log(f"no data: {path}")
         self.line(important=False)
 
-    # One session
-
     def session(self, outcome: Outcome) -> None:
         """A session is over: its line, one for each series that needs a person, its rows."""
         with self._lock:
@@ -2757,14 +2759,20 @@ class Teller:
                 self._one_series(outcome, series)
             if outcome.trouble:
                 self.fail(outcome.session.label, outcome.trouble)
-            self._counts["failed"] += failed
+            self._counts.update({"done": 1, "failed": failed})
             line = f"{outcome.session.label:<{self._widths[0]}}  {self._end(outcome)}"
+            if self.settings and verbose:
+                line += f"  {page_of(outcome, self.settings.url)}"
             if verbose or failed or not outcome.earlier or not self._screen.moves:
-                self.line(line + f"  {self._page(outcome)}" * verbose, failed, self._widths[0] + 2)
+                self.line(line.rstrip(), failed, self._widths[0] + 2)
             else:
                 self._tell(line, [])  # on a terminal a rerun shows what is new
-            self._papers.report(outcome.session, [self._row(outcome, each)
-                                                  for each in outcome.series])
+            self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        url = self.settings.url if self.settings else ""
+        self._papers.report(outcome.session, [row_of(outcome, each, url)
+                                              for each in outcome.series])
 
     def _end(self, outcome: Outcome) -> str:
         """How it ended, with what a line says beside."""
@@ -2803,31 +2811,6 @@ class Teller:
                       f"{'; '.join([each.what for each in wrong] + detail(series))}".rstrip(),
                       need, len(start) + 15 * marked)
 
-    def _row(self, outcome: Outcome, series: Series) -> Dict[str, Any]:
-        """A series in the report."""
-        session = outcome.session
-        message = "; ".join(filter(None, [*map(str, troubles(series)), series.message]))
-        if not message and series.status not in ("left out", "no DICOM", "copy"):
-            message = str(outcome.trouble or "") or (
-                ENDS[outcome.where] if outcome.where not in ("archived", "there") else "")
-        return {
-            "subject": session.subject, "session": session.name, "series": series.name,
-            "label": session.label, "status": series.status, "files": series.there,
-            "copies": len(series.copies), "damaged files": len(series.damaged),
-            "not-DICOM files": len(series.not_dicom), "bytes sent": series.zipped,
-            "seconds": f"{series.seconds:.1f}", "tries": series.tries,
-            "HTTP status": series.http or "", "server's address": outcome.address,
-            "open in a browser": self._page(outcome), "message": message}
-
-    def _page(self, outcome: Outcome) -> str:
-        """The address under which a person finds the session."""
-        url, address = self.settings.url if self.settings else "", outcome.address
-        return "" if not address else url + (
-            "/app/template/XDATScreen_prearchives.vm" if "/prearchive/" in address
-            else f"{address}?format=html")
-
-    # After
-
     def summary(self, upload: Upload, again: bool) -> None:
         """The end: each failure again, how much is there, what a stop left, and what to do."""
         dry, rest, line = upload.settings.dry_run, upload.rest(), self.line
@@ -2836,8 +2819,7 @@ class Teller:
                 each.status = each.status or "not sent"
                 each.message = each.message or ("the run was stopped before its session was whole: "
                                                 "run again")
-            self._papers.report(outcome.session, [self._row(outcome, each)
-                                                  for each in outcome.series])
+            self._report(outcome)
         room = self._room(upload) if dry else ""
         self._tell_failures()
         line(important=False)
@@ -2911,6 +2893,30 @@ class Teller:
                 f"{size(sum(upload.largest))} needed at once")
 
 
+def row_of(outcome: Outcome, series: Series, url: str = "") -> Dict[str, Any]:
+    """A series in the report."""
+    session = outcome.session
+    message = "; ".join(filter(None, [*map(str, troubles(series)), series.message]))
+    if not message and series.status not in ("left out", "no DICOM", "copy"):
+        message = str(outcome.trouble or "") or (
+            ENDS[outcome.where] if outcome.where not in ("archived", "there") else "")
+    return {
+        "subject": session.subject, "session": session.name, "series": series.name,
+        "label": session.label, "status": series.status, "files": series.there,
+        "copies": len(series.copies), "damaged files": len(series.damaged),
+        "not-DICOM files": len(series.not_dicom), "bytes sent": series.zipped,
+        "seconds": f"{series.seconds:.1f}", "tries": series.tries,
+        "HTTP status": series.http or "", "server's address": outcome.address,
+        "open in a browser": page_of(outcome, url), "message": message}
+
+
+def page_of(outcome: Outcome, url: str) -> str:
+    """The address under which a person finds the session."""
+    address = outcome.address
+    return "" if not address else url + ("/app/template/XDATScreen_prearchives.vm" if (
+        "/prearchive/" in address) else f"{address}?format=html")
+
+
 def troubles(series: Series) -> List[Trouble]:
     """What is wrong with a series, that of one kind as one."""
     alike: Dict[str, List[Trouble]] = defaultdict(list)
@@ -2934,8 +2940,7 @@ def detail(series: Series) -> List[str]:
     elif series.status == "would send":
         words.append(amount(series.missing))
     if others > 0:
-        words.append(f"{plural(others, 'file')} already there" if words[1:] else
-                     plural(others, "file"))
+        words.append(plural(others, "file") + " already there" * bool(words[1:]))
     if series.copies and series.status != "copy":
         words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies, 2)}")
     if series.not_dicom and series.images:
