@@ -488,16 +488,16 @@ def unreadable(thing: str, error: OSError) -> Trouble:
     return Trouble(f"{thing} {what}".strip(), f"{to_do}, then run again")
 
 
-def read_session(series: List[Series], tick: Callable[[int], None]) -> None:
+def read_session(series: List[Series], tick: Callable[[], None]) -> None:
     """Read the headers of a session's files, and say of each file what it is.
 
-    `tick` is told how many files have been read. Raises Trouble for two studies in one session.
+    `tick` is called for each file. Raises Trouble for two studies in one session.
     """
     blank: List[Tuple[Series, str, str]] = []
     for each in series:
         for file in each.files:
             blank += look_at(each, file)
-        tick(len(each.files))
+            tick()
     shapes = {name_shape(image.name) for each in series for image in each.images}
     for each, name, why in blank:  # an image that broke, if it is named as the others are
         if name_shape(name) in shapes or re.search(r"\.(dcm|ima|dicom)$", name.lower()):
@@ -1030,8 +1030,14 @@ class Workdir:
             os.makedirs(self.path, exist_ok=True)
             self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):  # a full disk is told by those who need its room
+                os.ftruncate(self._lock.fileno(), 0)
+                os.write(self._lock.fileno(), f"process {os.getpid()} on {os.uname().nodename} "
+                         f"since {now()[:16]}".encode())
         except BlockingIOError:
-            raise Stop(f"workdir {path}: in use by another run: wait until it ends")
+            with open(self._lock.name, encoding="utf-8") as lock:
+                raise Stop(f"workdir {path}: in use by another run ({lock.read(300)}): wait until "
+                           "it ends")
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another")
@@ -1220,13 +1226,13 @@ class Answer:
 
 
 # What stands in error pages beside the reason: headings, and the names of the statuses.
-NO_REASON = re.compile("Status page$|You can get technical details|Please continue your visit|"
+NO_REASON = re.compile(r"Status page\b|You can get technical details|Please continue your visit|"
                        "[A-Z][a-z]+( [A-Z][a-z]+){0,2}$")
 
 
 def sentence(body: str) -> str:
     """The reason in an error page: XNAT's stands in <h3>, in newer ones in a <p>."""
-    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body)
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body[:20_000])
     found = [each for tag in ("h3", "p", "title", "h[1-6]")
              for each in re.findall(f"(?is)<{tag}[^>]*>(.*?)</{tag}>", text)] or [text]
     words = [" ".join(html.unescape(re.sub("<[^>]*>", " ", each)).split()) for each in found]
@@ -2117,18 +2123,19 @@ class Upload:
         if self._is_known(outcome, memory):
             return
         with self.teller.at_work(f"reading {session.label}"):
-            read_session(series, self.teller.has_read)
+            read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
         addresses: List[str] = []
         if images:
             xnat.check_label(session, images[0].study, bool(known.ended or known.parts))
             addresses = self._compare(outcome, images, memory)
+        outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
         if settings.dry_run:
             self._foresee(outcome, addresses)
             return
         addresses = self._send(session, series, addresses)
-        outcome.address = addresses[-1] if addresses else ""
+        outcome.address = "".join(addresses[-1:])
         outcome.where = "held back" if addresses else "failed"
         if any(each.problems for each in series):
             return
@@ -2140,6 +2147,12 @@ class Upload:
                 outcome.address = xnat.commit(session, address)
         self._verify(outcome, images, bool(addresses))
         self._note(outcome)
+
+    def _has_read(self) -> None:
+        """One file more has been read. Raises Stopping: thousands may be to come."""
+        self.teller.has_read(1)
+        if self.xnat.programs.stopping.is_set():
+            raise Stopping("stopping")
 
     def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
         """Whether an earlier run has verified this very folder, and XNAT still has it.
