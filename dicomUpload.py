@@ -627,7 +627,7 @@ def heads_in(path: str) -> Iterator[bytes]:
         magic = file.read(4)
     for sign, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zX", lzma.open)):
         if magic.startswith(sign):
-            with opener(path) as stream:  # type: ignore[operator]
+            with opener(path) as stream:
                 yield stream.read(READS[0])
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -2841,8 +2841,8 @@ class Teller(Lines):
             line(room)
         if rest:
             line(f"Not finished: {some([outcome.session.label for outcome in rest], 5)}")
-        halves = [outcome.session.label for outcome in rest if outcome.address or any(
-            each.sent for each in outcome.series)]
+        halves = [outcome.session.label for outcome in rest if outcome.where == "failed"
+                  and (outcome.address or any(each.sent for each in outcome.series))]
         if halves:
             line(f"Not whole in the prearchive, do not archive by hand: {some(halves)}")
         if self._ends[ENDS["prearchived"]]:
