@@ -273,6 +273,7 @@ class Outcome:
     address: str = ""  # where it lies
     earlier: bool = False  # an earlier run, or somebody else, had brought all of it there
     trouble: Optional[Trouble] = None  # of the session as a whole
+    answered: threading.Event = field(default_factory=threading.Event)  # a part, by the server
 
     def failed(self) -> bool:
         return bool(self.trouble) or any(each.wants_a_person() for each in self.series)
@@ -2009,15 +2010,6 @@ class Part(NamedTuple):
     files: List[File]
 
 
-class Way:
-    """Where one session's parts go."""
-
-    def __init__(self, session: Session, address: str) -> None:
-        self.session = session
-        self.address = address  # '' until the answer to a first part has made the session
-        self.answered = threading.Event()
-
-
 class Upload:
     """All sessions on their way from folder to archive, several at a time."""
 
@@ -2098,9 +2090,9 @@ class Upload:
 
     def _count_refusals(self, outcome: Outcome) -> None:
         """Raises Stop when the server refuses one session after another with the same words."""
-        troubles = [outcome.trouble] + [each for series in outcome.series
-                                        for each in series.problems]
-        refused = [each.what for each in troubles if each and each.refused]
+        troubles = [each for series in outcome.series for each in series.problems]
+        refused = [each.what for each in troubles + [outcome.trouble or Trouble("", "")]
+                   if each.refused]
         with self._lock:
             if refused:
                 words = re.sub(r"\S*[\d_./]\S*", "", refused[0])  # names and numbers differ
@@ -2134,8 +2126,7 @@ class Upload:
         if settings.dry_run:
             self._foresee(outcome, addresses)
             return
-        addresses = self._send(session, series, addresses)
-        outcome.address = "".join(addresses[-1:])
+        addresses = self._send(outcome, addresses)
         outcome.where = "held back" if addresses else "failed"
         if any(each.problems for each in series):
             return
@@ -2307,23 +2298,19 @@ class Upload:
 
     # Send
 
-    def _send(self, session: Session, series: List[Series], addresses: List[str]) -> List[str]:
+    def _send(self, outcome: Outcome, addresses: List[str]) -> List[str]:
         """POST what is missing, part by part; the addresses where the session lies now."""
-        way = Way(session, addresses[-1] if addresses else "")
         side_by_side = self.xnat.takes_side_by_side() and self.settings.procs > 1
-        parts = list(self._cut(series, side_by_side and self.alone and not addresses))
         lanes: Dict[object, List[Part]] = defaultdict(list)  # one after another in each
-        for part in parts:
-            lanes[part.series if side_by_side else session].append(part)
+        for part in self._cut(outcome.series, side_by_side and self.alone and not addresses):
+            lanes[part.series if side_by_side else outcome].append(part)
         jobs = []
         for lane in lanes.values():
-            jobs.append(self.lanes.submit(self._guard, self._send_lane, way, lane))
-            if not way.address:  # the answer to the first part makes the session
-                way.answered.wait()
-                way.answered.clear()
-        for job in jobs:
-            job.result()
-        return list(dict.fromkeys(addresses + [address for job in jobs for address in job.result()]))
+            jobs.append(self.lanes.submit(self._guard, self._send_lane, outcome, lane))
+            if not outcome.address:  # the answer to the first part makes the session
+                outcome.answered.wait()
+                outcome.answered.clear()
+        return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
 
     def _cut(self, series: List[Series], opener: bool) -> Iterator[Part]:
         """The parts to send, in order."""
@@ -2339,7 +2326,7 @@ class Upload:
             for at in range(0, len(files), most):
                 yield Part(each, files[at:at + most])
 
-    def _send_lane(self, way: Way, parts: List[Part]) -> List[str]:
+    def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
         """Post parts one after another, the next one packed meanwhile; the addresses."""
         addresses = []
         try:
@@ -2355,11 +2342,11 @@ class Upload:
                     if number < len(parts):
                         packed = self.packers.submit(self._pack, parts[number])
                     try:
-                        addresses += [] if problems else [self._post(way, part, zipped)]
+                        addresses += [] if problems else [self._post(outcome, part, zipped)]
                     except Trouble as trouble:
                         problems.append(trouble)
         finally:
-            way.answered.set()
+            outcome.answered.set()
         return addresses
 
     def _pack(self, part: Part) -> Tuple[str, ExitStack]:
@@ -2384,19 +2371,19 @@ class Upload:
                             f"{size(given)} to {size(made)}")
             return zipped, stack.pop_all()
 
-    def _post(self, way: Way, part: Part, zipped: str) -> str:
+    def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
         """POST a part, and note it; its address. Raises Trouble."""
-        series, name = part.series, f"{way.session.label} {part.series.name}"
-        with self.slots, self.teller.at_work(name, part.files) as moved:
+        session, series = outcome.session, part.series
+        with self.slots, self.teller.at_work(f"{session.label} {series.name}", part.files) as moved:
             began, made = time.monotonic(), os.path.getsize(zipped)
-            address = self.xnat.post(way.session, series, len(part.files), zipped, moved)
+            address = self.xnat.post(session, series, len(part.files), zipped, moved)
             self.level.posted(made, time.monotonic() - began)
-            self.ledger.add(way.session, "sent", series=series.name, first=part.files[0].name,
+            self.ledger.add(session, "sent", series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
                             address=address)
             moved(1.0)
-        way.address = address
-        way.answered.set()
+        outcome.address = address
+        outcome.answered.set()
         for file in part.files:
             file.missing = False
         series.sent += len(part.files)
