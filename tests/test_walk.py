@@ -20,8 +20,8 @@ from tests.xnat_standin import Standin
 LOGIN = "POST /data/JSESSION"
 NO_DATA = (".hidden", ".Trash-1000", "#recycle", "@Recycle", "@eaDir", "$RECYCLE.BIN",
            "lost+found", "System Volume Information", "__MACOSX")
-NO_SESSION_LEVEL = re.compile(r"(?i)\b(no|missing|without|lacks?)\b.*\bsession|"
-                              r"\bsessions?\b.*\b(missing|level)\b")
+NO_SESSION_LEVEL = re.compile(r"(?i)\b(no|missing|without|lacks?)\b[^/:,.(]{0,30}\bsession|"
+                              r"\bsessions?\b[^/:,.(]{0,30}\b(missing|level)\b")
 
 
 class Names(TreeTest):
@@ -342,8 +342,8 @@ class TooHigh(TreeTest):
         """A series folder that holds these series, all of one study; the digests."""
         subject, session, _ = path.split("/")
         for name in names:
-            write_series(self.root / path / name, study=uid(subject, session), files=1,
-                         number=next(self.numbers))
+            write_series(self.root / path / name, files=1, **self.header(
+                path, series=uid(subject, session, name)))
         return list(digests(self.root / path).values())
 
     def test_a_rootdir_one_level_too_high_is_refused_before_a_byte_leaves(self) -> None:
@@ -495,8 +495,8 @@ class BeforeTheLogin(TreeTest):
             self.assertGreater(min(each.moment for each in opened), float(login.answered or 0))
 
     def test_a_login_that_is_refused_leaves_every_file_closed(self) -> None:
-        with self.xnat() as server:
-            for options in ((), ("--dry-run",)):
+        for options in ((), ("--dry-run",)):
+            with self.xnat() as server:
                 self.run_it(server, *options, environment=self.watched(), status=3,
                             password="wrong")
                 self.assertEqual(self.opened(), [])

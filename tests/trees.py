@@ -1,6 +1,5 @@
 """What the tests of trees share: folders full of odd things, runs, and what became of them."""
 
-import itertools
 import json
 import os
 import re
@@ -60,25 +59,28 @@ class TreeTest(UploadTest):
 
     def setUp(self) -> None:
         super().setUp()
-        self.numbers = itertools.count(1)
+        self.numbers: Dict[str, int] = {}
 
     # -- making trees
 
-    def series(self, path: str, files: int = 2, **more: Any) -> List[str]:
-        """Make subject/session/series, one study a session; the digests of its files."""
-        subject, session, _ = path.split("/")
+    def header(self, path: str, **more: Any) -> Dict[str, Any]:
+        """What images say that lie at subject/session/series or below, unless it is given: each
+        session is a study, each series folder a series, each series has its number."""
+        subject, session, series = path.split("/")[:3]
         more.setdefault("study", uid(subject, session))
-        write_series(self.root / path, number=next(self.numbers), files=files, **more)
+        more.setdefault("series", uid(more["study"], series))
+        more.setdefault("number", self.numbers.setdefault(more["series"], len(self.numbers) + 1))
+        more.setdefault("description", series)
+        return more
+
+    def series(self, path: str, files: int = 2, **more: Any) -> List[str]:
+        """Make subject/session/series; the digests of all that is in it then."""
+        write_series(self.root / path, files=files, **self.header(path, **more))
         return list(digests(self.root / path).values())
 
     def content(self, path: str, instance: int = 1, **more: Any) -> bytes:
         """The image that belongs at subject/session/series/name, also below them."""
-        subject, session, series = path.split("/")[:3]
-        more.setdefault("study", uid(subject, session))
-        more.setdefault("series", uid(more["study"], series))
-        more.setdefault("description", series)
-        more.setdefault("number", 1000 + int(more["series"][-3:]))  # one for each series
-        return dicom_file(instance=instance, **more)
+        return dicom_file(instance=instance, **self.header(path, **more))
 
     def put(self, path: str, content: bytes) -> str:
         """Make one file with this in it; its digest."""
