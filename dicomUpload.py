@@ -2965,7 +2965,9 @@ def put(stream: TextIO, text: str) -> None:
     is slow for a moment loses no line."""
     raw = text.encode(stream.encoding or "ascii", "backslashreplace")
     try:
-        stream.flush()
+        if isinstance(stream, io.StringIO):
+            stream.write(text)
+            return
         handle = stream.fileno()
         while raw:
             try:
