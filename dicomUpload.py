@@ -1655,16 +1655,15 @@ class Xnat(Curl):
         """Addresses in the prearchive under a session's label."""
         return [address_of(row) for row in self._prearchive.get(session.label, [])]
 
-    def check_label(self, session: Session, study: str, known: bool) -> None:
+    def check_label(self, session: Session, study: str, memory: Memory) -> None:
         """Raises Trouble if XNAT has something else under this session's label.
 
-        `known` says that an earlier run brought it there: a script of the site may have changed
-        its Study UID since.
+        If an earlier run brought it there, a script of the site may have changed its Study UID.
         """
-        waiting = self._prearchive.get(session.label, [])
+        known, waiting = memory.ended or memory.address, self._prearchive.get(session.label, [])
         still = [row for row in waiting if self.status(address_of(row))]
-        if len(still) < len(waiting):  # an earlier commit has archived it since the meeting
-            self._look_again(session, still)
+        if len(still) < len(waiting) or memory.address and not self.status(memory.address):
+            self._look_again(session, still)  # an earlier commit has archived it since the meeting
         rows = [("archive", row.get("subject_label", ""), row.get("uid", ""))
                 for row in [self.archived(session) or {}]]
         rows += [("prearchive", row.get("subject", ""), row.get("tag", "")) for row in still]
@@ -2119,7 +2118,7 @@ class Upload:
         images = [image for each in series for image in each.images]
         addresses: List[str] = []
         if images:
-            xnat.check_label(session, images[0].study, bool(known.ended or known.parts))
+            xnat.check_label(session, images[0].study, known)
             addresses = self._compare(outcome, images, memory)
         outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
@@ -2965,15 +2964,14 @@ def put(stream: TextIO, text: str) -> None:
     is slow for a moment loses no line."""
     raw = text.encode(stream.encoding or "ascii", "backslashreplace")
     try:
-        if isinstance(stream, io.StringIO):
-            stream.write(text)
-            return
         handle = stream.fileno()
         while raw:
             try:
                 raw = raw[os.write(handle, raw):]
             except BlockingIOError:
                 select.select([], [handle], [], 1.0)
+    except io.UnsupportedOperation:  # no file behind it
+        stream.write(text)
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -3312,7 +3310,7 @@ def send_all(tree: Tree, upload: Upload) -> int:
                    WRONG_CALL, LAYOUT)
     teller.begin(tree, xnat)
     if not settings.dry_run:
-        ledger.exclude(set(settings.config) | (set() if settings.again else ledger.exclusions))
+        ledger.exclude(set(settings.config) | ledger.exclusions)
     gone = sorted(ledger.from_here - tree.labels)
     if gone:
         teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent from "
@@ -3337,13 +3335,14 @@ def send_all(tree: Tree, upload: Upload) -> int:
 def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
     """Raises Stop(2) if series would be sent that earlier runs left out: was --config forgotten?"""
     earlier = replace(settings, config=tuple(sorted(ledger.exclusions)))
-    found = [] if settings.again else [f"{session.path}/{name}" for session, name in tree.pairs()
+    found = [f"{session.path}/{name}" for session, name in tree.pairs()
              if earlier.left_out(name) and not settings.left_out(name)]
     if found:
         names = sorted({earlier.left_out(each.rpartition("/")[2]) for each in found})
         refuse("--config", f"earlier runs left out {', '.join(map(json.dumps, names))}, this one "
                f"would send {plural(len(found), 'such series', 'such series')} ({some(found, 3)}): "
-               "give --config as before, or add --again if it is meant so")
+               f"give --config as before, or delete {ledger.path} if it is meant so (the server "
+               "is then asked what it has)")
 
 
 def stop_on_signals(teller: Teller) -> None:
