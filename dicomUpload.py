@@ -1292,20 +1292,19 @@ class Answer:
 
 
 # What stands in error pages beside the reason: headings, and the names of the statuses.
-NO_REASON = re.compile(r"Status page$|You can get technical details|Please continue your visit|"
-                       r"([A-Z][a-z]+ ?){1,3}$")
+NO_REASON = re.compile("Status page$|You can get technical details|Please continue your visit|"
+                       "[A-Z][a-z]+( [A-Z][a-z]+){0,2}$")
 
 
 def sentence(body: str) -> str:
     """The reason in an error page: XNAT's stands in <h3>, in newer ones in the first <p>."""
     text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body)
-    for pattern in (r"<h3[^>]*>(.*?)</h3>", r"<p[^>]*>(.*?)</p>", r"<title>(.*?)</title>",
-                    r"<h[1-6][^>]*>(.*?)</h[1-6]>", r"(.*)"):
-        for found in re.findall(f"(?is){pattern}", text):
-            words = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", found)).split())
-            if words and not NO_REASON.match(words):
-                return words[:300]
-    return ""
+    found = [each for pattern in ("<h3[^>]*>(.*?)</h3>", "<p[^>]*>(.*?)</p>", "<title>(.*?)</title>",
+                                  "<h[1-6][^>]*>(.*?)</h[1-6]>")
+             for each in re.findall(f"(?is){pattern}", text)] or [text]
+    words = [" ".join(html.unescape(re.sub("<[^>]*>", " ", each)).split()) for each in found]
+    words = [each for each in words if not NO_REASON.match(each)] + words
+    return next((each[:300] for each in words if each), "")
 
 
 class Curl:
