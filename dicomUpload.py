@@ -2174,6 +2174,7 @@ class Upload:
         self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
         self.whole: List[Session] = []  # archived, now or before
         self.largest: List[int] = []  # bytes of the largest zips that a dry run foresees
+        self.stop: Optional[Stop] = None  # why a part stopped the run
         self._refused: List[str] = []  # the words of the last refusals, while they are alike
         self._lock = threading.Lock()
         # While as many sessions as may be posted are on the line, as many are read and packed.
@@ -2192,9 +2193,9 @@ class Upload:
                     job.result()
                 self.teller.check()
                 self.teller.progress()
-        except BaseException:
+        except BaseException as end:
             self.xnat.programs.stop()
-            raise
+            raise (isinstance(end, Stopping) and self.stop) or end
         finally:
             pool.shutdown()
             self.parts.shutdown()
@@ -2518,6 +2519,11 @@ class Upload:
             series.problems.append(trouble)
         except OSError as error:
             series.problems.append(unreadable(str(error.filename or "the workdir"), error))
+        except Stop as stop:  # at once: the next part is only waiting for this one's end
+            if not isinstance(stop, Stopping):
+                self.stop = self.stop or stop
+            self.xnat.programs.stop()
+            raise
         finally:
             part.end()
 
