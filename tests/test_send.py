@@ -182,7 +182,7 @@ class Answers(TableTest):
         self.play_together(SILENT, "--retries 1 --timeout 1")
 
     def test_reasons_are_found_in_pages_that_have_no_h3(self) -> None:
-        self.play_together(NO_H3, knobs={"version": "1.11"})
+        self.play_together(NO_H3, "--retries 1 --procs 1", {"version": "1.11"})
 
 
 add_rows(Answers, ALONE)
