@@ -1738,6 +1738,13 @@ class Xnat(Curl):
         except (KeyError, IndexError, TypeError, AttributeError):
             return None if found is None else {}
 
+    def _look_again(self, session: Session) -> None:
+        """A session may have been archived since the meeting."""
+        if self._archive is not None:
+            rows = table(self.ask_once(self._archive_listing())[0].json())
+            self._archive.update({row.get("label", ""): row for row in rows or []
+                                  if row.get("label") == session.label})
+
     def archive_path(self, session: Session) -> str:
         row = (self._archive or {}).get(session.label, {})
         subject = row.get("subject_label") or self._subjects.get(
@@ -1748,14 +1755,19 @@ class Xnat(Curl):
         """What the prearchive holds under a session's label."""
         return list((self._prearchive or {}).get(session.label, []))
 
-    def find(self, session: Session, study: str, known: bool) -> Place:
+    def find(self, session: Session, study: str, memory: Memory) -> Place:
         """Where the server has a session. Raises Trouble if the label holds something else.
 
-        `known` says that an earlier run brought it there: scripts of the site may have changed
-        its Study UID since.
+        If an earlier run brought it there, scripts of the site may have changed its Study UID.
         """
+        known = bool(memory.ended or memory.parts)
+        listed = {address_of(row): row for row in self.waiting(session)}
+        # A commit that another run left going is waited for: it may end in the archive.
+        there = {address: self.status(address) for address in [*listed, memory.address] if address}
+        if not all(there.values()):
+            self._look_again(session)
+        waiting = [row for address, row in listed.items() if there[address]]
         row = self.archived(session)
-        waiting = self.waiting(session)
         for where, found, subject, uid in [("archive", row or {}, "subject_label", "uid")] + [
                 ("prearchive", each, "subject", "tag") for each in waiting]:
             other, theirs = found.get(subject, ""), found.get(uid, "")
@@ -1927,10 +1939,7 @@ class Xnat(Curl):
 
     def _gone(self, session: Session, address: str) -> str:
         """Where a session is that left the prearchive by a commit whose answer was lost."""
-        if self._archive is not None:
-            rows = table(self.ask_once(self._archive_listing())[0].json())
-            self._archive.update({row.get("label", ""): row for row in rows or []
-                                  if row.get("label") == session.label})
+        self._look_again(session)
         path = self.archive_path(session)
         if self.holds(path) is None:
             raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive does not "
@@ -2259,7 +2268,7 @@ class Upload:
                 self._note(outcome)
             return
         study = next((image.study for each in series for image in each.images), "")
-        place = xnat.find(session, study, bool(remembered.ended or remembered.parts))
+        place = xnat.find(session, study, remembered)
         memory = Memory() if self.settings.again else remembered
         addresses = self._compare(outcome, memory, place)
         self.teller.plans(series)
@@ -2349,7 +2358,7 @@ class Upload:
         here = [address_of(row) for row in place.waiting]
         if memory.address:
             at = memory.address
-            if at in here or self.xnat.status(at):
+            if self.xnat.status(at):
                 missing = {key for key in missing if key not in self._sent(series, memory, at)}
                 addresses = [at]
             elif held and not told:  # a commit that was not noted, and UIDs that a script changed
