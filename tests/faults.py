@@ -5,10 +5,15 @@ that heals, everything is archived exactly once; after any other, the same comma
 the fault must end there.
 """
 
+import base64
+import io
 import json
 import re
+import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, List, Mapping, NamedTuple, Tuple, Union
+from urllib.parse import urlencode
 
 from tests.dicom import digests, uid, write_series
 from tests.support import Ran, UploadTest, slow, variation
@@ -127,6 +132,20 @@ def once(do: Callable[[], Any], *series: str) -> Callable[[str], bool]:
         return False
 
     return look
+
+
+def import_by_hand(server: Standin, *images: Path) -> None:
+    """Another tool sends these images to session 007_pre."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as entries:
+        for image in images:
+            entries.write(str(image), image.name)
+    query = urlencode({"import-handler": "DICOM-zip", "PROJECT_ID": "BRAIN", "SUBJECT_ID": "007",
+                       "EXPT_LABEL": "007_pre", "prevent_auto_commit": "true"})
+    login = base64.b64encode(b"alice:s3cret").decode()
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(urllib.request.Request(
+        f"{server.url}/data/services/import?{query}", packed.getvalue(),
+        {"Authorization": "Basic " + login, "Content-Type": "application/zip"})).close()
 
 
 # ---- Faults ----------------------------------------------------------------------------------
