@@ -3190,6 +3190,10 @@ class Parser(argparse.ArgumentParser):
             names = [word.partition("=")[0] for word in words if re.match(r"--[a-z]|-.$", word)]
             message = f"options {' '.join(names)}: unknown" if names else "arguments: too many"
             message += " (if PASS begins with -, set XNAT_PASS and give - instead)"
+        missing = message.partition("arguments are required: ")[2].split(", ")
+        if missing[0]:
+            refuse("URL USER PASS PROJECT ROOTDIR", f"only {5 - len(missing)} of these given: is "
+                   "PASS forgotten? give - there, and see --help")
         refuse(message, "see --help")
 
 
@@ -3231,6 +3235,8 @@ def check(given: argparse.Namespace) -> None:
     for name in ("url", "user", "password", "project"):
         if not sendable(getattr(given, name)):
             refuse(name.upper(), "is empty, or holds a character that is no text: give it again")
+    if "://" in given.user and "://" not in given.url:
+        refuse("USER", "looks like a URL: give URL USER PASS PROJECT ROOTDIR in this order")
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
