@@ -3361,6 +3361,8 @@ def netrc_password(url: str, user: str) -> str:
                               r"\s+password\s+([^\s\"]\S*)", file.read())
         if found and private:
             return found[1]
+        if found:
+            refuse("~/.netrc", "others can read it: chmod 600 ~/.netrc, or set XNAT_PASS")
         login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
     except FileNotFoundError:
         return ""
