@@ -3309,7 +3309,7 @@ def read_config(path: str) -> Tuple[str, ...]:
     except OSError as error:
         refuse_unreadable("--config", path, error)
     except (ValueError, RecursionError) as error:
-        refuse(f"--config {path}", f"is not JSON in UTF-8 ({error}): mend it there")
+        refuse(f"--config {path}", f"is not JSON in UTF-8 ({error}{slip(error)}): mend it there")
     names = config.pop("Exclude", []) if isinstance(config, dict) else []
     wrong = [names] if not isinstance(names, list) else [
         each for each in names if not isinstance(each, str) or not each]
@@ -3318,6 +3318,18 @@ def read_config(path: str) -> Tuple[str, ...]:
         refuse(f"--config {path}", f"has {json.dumps(wrong[0])[:60]} where only a list of parts of "
                'names belongs: write {"Exclude": ["AAHEAD"]}')
     return tuple(names)
+
+
+def slip(error: Exception) -> str:
+    """The line where JSON goes wrong, and a mistake that is often made there."""
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    line = "".join(error.doc.splitlines()[error.lineno - 1:error.lineno])
+    rest = error.doc[error.pos:].lstrip()
+    usual = ("; comments are not allowed" if re.match("#|//|/[*]", rest) else
+             f"; a comma before {rest.lstrip(', ')[:1]} is not allowed" if re.match(
+                 r"[^,]?,\s*[]}]", error.doc[:error.pos].rstrip()[-1:] + rest) else "")
+    return f", in {json.dumps(line.strip()[:60])}{usual}"
 
 
 def no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
