@@ -1097,8 +1097,14 @@ class Workdir:
             os.makedirs(self.path, exist_ok=True)
             self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):  # a full disk is told by those who need its room
+                os.ftruncate(self._lock.fileno(), 0)
+                os.write(self._lock.fileno(), f"process {os.getpid()} on {os.uname().nodename} "
+                         f"since {now()[:16]}".encode())
         except BlockingIOError:
-            raise Stop(f"workdir {path}: in use by another run: wait until it ends")
+            with open(self._lock.name, encoding="utf-8") as lock:
+                raise Stop(f"workdir {path}: in use by another run ({lock.read(300)}): wait until "
+                           "it ends")
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another")
