@@ -3357,7 +3357,8 @@ def find_password(settings: Settings) -> Settings:
     """`settings` with the password that PASS - stands for. Raises Stop(2) if there is none."""
     if settings.password != "-":
         return settings
-    password = os.environ.get("XNAT_PASS", "").rstrip("\r\n") or netrc_password(settings.url, settings.user)
+    password = os.environ.get("XNAT_PASS", "").rstrip("\r\n") or netrc_password(
+        settings.url, settings.user)
     if not password and sys.stdin and sys.stdin.isatty():
         with suppress(EOFError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
