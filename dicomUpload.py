@@ -1298,7 +1298,7 @@ class Answer:
 
 
 # What stands in error pages beside the reason: headings, and the names of the statuses.
-NO_REASON = re.compile(r"Status page$|You can get technical details|Please continue your visit|"
+NO_REASON = re.compile(r"Status page\b|You can get technical details|Please continue your visit|"
                        r"([A-Z][a-z]+ ?){1,3}$")
 
 
