@@ -1304,7 +1304,7 @@ NO_REASON = re.compile(r"Status page\b|You can get technical details|Please cont
 
 def sentence(body: str) -> str:
     """The reason in an error page: XNAT's stands in <h3>, in newer ones in the first <p>."""
-    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body)
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body[:20_000])
     for pattern in (r"<h3[^>]*>(.*?)</h3>", r"<p[^>]*>(.*?)</p>", r"<title>(.*?)</title>",
                     r"<h[1-6][^>]*>(.*?)</h[1-6]>", r"(.*)"):
         for found in re.findall(f"(?is){pattern}", text):
