@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 import dicomUpload
-from tests.dicom import README_TREE, digests, readme_tree, uid, write_series
+from tests.dicom import README_TREE, digests, readme_tree
 from tests.support import (EXCLUSIONS, ROOT, SCRIPT, Ran, drop_root_rights, need, shown_on,
                            take_terminal)
 from tests.support import load_tests as load_tests  # several at a time
@@ -293,7 +293,7 @@ class Choosing(Refusals):
         sessions = [("007", "post"), ("007", "pre"), ("008", "pre"), ("07", "pre"), ("[x]", "pre")]
         cases: Tuple[Tuple[List[str], List[int]], ...] = (
             (["007"], [0, 1]), (["007/pre"], [1]), (["00?"], [0, 1, 2]), (["*/pre"], [1, 2, 3, 4]),
-            (["0*/po*", "008"], [0, 2]), (["[0]7"], [3]), (["[[]x]"], [4]), ([""] * 0, list(range(5))),
+            (["0*/po*", "008"], [0, 2]), (["[0]7"], [3]), (["[[]x]"], [4]), ([], list(range(5))),
             (["007", "007/pre"], [0, 1]), (["*"], list(range(5))), (["PRE"], []), (["T1"], []),
             (["pre"], []), (["0"], []), (["007/p"], []), (["007/PRE"], []))
         for only, wanted in cases:
@@ -307,7 +307,8 @@ class Choosing(Refusals):
         for path in ("007/post/T1", "008/pre/T1"):
             self.series(path)
         with self.xnat() as server:
-            self.assert_says(self.run_it(server, "--only", "007/pr*", status=0), 0, "--only", "2 ses")
+            ran = self.run_it(server, "--only", "007/pr*", status=0)
+            self.assert_says(ran, 0, "2 sessions", "--only")
             self.assertEqual(server.labels(), ["007_pre"])
             self.assert_archived(server, "007_pre", wanted)
 
@@ -323,8 +324,8 @@ class Choosing(Refusals):
         self.series("007/pre/T1")
         self.assert_table(2, [
             (text, self.arguments(NOWHERE, f"--shard={text}"), [f"--shard {text}", "K/N", "1 to N"])
-            for text in ("0/2", "3/2", "1", "1/0", "0/0", "a/b", "1/2/3", "", " 1/2", "1/ 2", "-1/2",
-                         "1/-2", "1.0/2", "\u0661/2", "1/1000000000")])
+            for text in ("0/2", "3/2", "1", "1/0", "0/0", "a/b", "1/2/3", "", " 1/2", "1/ 2",
+                         "-1/2", "1/-2", "1.0/2", "\u0661/2", "1/1000000000")])
 
 
 class Shards(unittest.TestCase):
@@ -487,7 +488,8 @@ class Options(Refusals):
         self.assert_table(2, [
             ("PASS", [*call[:4], *call[5:]], ["URL USER PASS PROJECT ROOTDIR", "PASS", " - "]),
             ("ROOTDIR", call[:6], ["URL USER PASS PROJECT ROOTDIR"]),
-            ("URL and USER swapped", [*call[:2], "alice", NOWHERE, *call[4:]], ["USER", "URL USER PASS PROJECT ROOTDIR"])])
+            ("URL and USER swapped", [*call[:2], "alice", NOWHERE, *call[4:]],
+             ["USER", "URL USER PASS PROJECT ROOTDIR"])])
 
     def test_a_wrong_option_ends_the_command_itself_with_2(self) -> None:
         self.assert_refused(self.run_command(self.arguments(NOWHERE, "--dry")), 2, "--dry")
