@@ -148,10 +148,9 @@ class Settings:
                              "these (repeatable)", [], action="append")
     shard: Tuple[int, int] = option("--shard K/N", "of N machines that share the tree this is "
                                     "number K: whole subjects, always the same", "1/1")
-    nested: bool = switch("--nested", "series folders hold several series each, and that is meant "
-                          "so")
-    dry_run: bool = switch("-n --dry-run", "log in, look and show what would be sent; write nothing")
-    again: bool = switch("--again", "send the chosen sessions again, whatever ledger and server say")
+    nested: bool = switch("--nested", "series folders hold several series each, as is meant")
+    dry_run: bool = switch("-n --dry-run", "log in, look, show what would be sent; write nothing")
+    again: bool = switch("--again", "send what is chosen again, whatever ledger and server say")
     review: bool = switch("--review", "leave whole, verified sessions in the prearchive for a "
                           "person to archive")
     overwrite_files: bool = switch(
@@ -195,7 +194,7 @@ class Session(NamedTuple):
 
     subject: str  # the folders' names
     name: str
-    joined: str = ""  # the names of the series folders, as the walk saw them
+    joined: str = ""  # names of the series folders, as the walk saw them
 
     @property
     def path(self) -> str:
@@ -214,30 +213,24 @@ class Session(NamedTuple):
         return self.joined.split("\0") if self.joined else []
 
 
-class File(NamedTuple):
-    """A file as its folder shows it: name below the series folder, bytes, time in ns."""
+@dataclass(eq=False)
+class File:
+    """A file below a series folder. Once it is read, its UIDs say which image it is: XNAT keeps
+    one of each SOP Instance UID in a series."""
 
     name: str
     bytes: int
     time_ns: int
+    sop: str = ""
+    study: str = ""
+    series: str = ""
+    crc: int = -1  # CRC-32, where it is known
+    missing: bool = True  # the server does not have it
 
 
-class Image(NamedTuple):
-    """A DICOM file and its UIDs. What it is, is (series, sop): XNAT keeps one of each."""
-
-    file: File
-    sop: str
-    study: str
-    series: str
-
-    @property
-    def key(self) -> Tuple[str, str]:
-        return self.series, self.sop
-
-
-@dataclass
+@dataclass(eq=False)
 class Series:
-    """One series folder as read, and what has become of it."""
+    """One series folder as it was read, and what has become of it."""
 
     name: str
     folder: str
@@ -245,40 +238,31 @@ class Series:
     message: str = ""  # why it was left out, or what else is worth a word
     listing: str = ""  # fingerprint of its files' names, sizes and times
     files: List[File] = field(default_factory=list)
-    images: List[Image] = field(default_factory=list)  # those that belong on the server
+    images: List[File] = field(default_factory=list)  # those that belong on the server
     not_dicom: List[str] = field(default_factory=list)
     damaged: List[str] = field(default_factory=list)  # name and what is wrong with it
     packed: List[str] = field(default_factory=list)
     copies: List[str] = field(default_factory=list)  # name and of what
     problems: List[Trouble] = field(default_factory=list)  # nothing more of it may be sent
-    missing: List[Image] = field(default_factory=list)  # what the server does not have yet
-    crcs: Dict[str, int] = field(default_factory=dict)  # by name, where they are known
-    there: int = 0  # images of it that are on the server
-    sent: int = 0  # files of them that this run has sent
-    bytes: int = 0  # of these files
+    there: int = 0  # images that are on the server
+    sent: int = 0  # of these, by this run
+    bytes: int = 0  # of these
     zipped: int = 0  # bytes that went over the line
     tries: int = 0
     http: int = 0  # status of the last answer
     began: float = 0.0
     seconds: float = 0.0
-    address: str = ""
 
     @property
-    def total(self) -> int:
-        """Bytes of its images."""
-        return sum(image.file.bytes for image in self.images)
+    def missing(self) -> List[File]:
+        """What is still to be sent."""
+        return [] if self.problems else [image for image in self.images if image.missing]
 
     def wants_a_person(self) -> bool:
         return bool(self.problems or self.damaged or self.packed)
 
-    def fingerprint(self, absent: Set[Tuple[str, str]], crcs: bool) -> str:
-        """What its images are, without those in `absent`: UIDs, sizes and, if asked, CRC-32s."""
-        return fingerprint(f"{image.sop} {image.file.bytes} " + (
-            str(self.crcs.get(image.file.name)) if crcs else "") for image in sorted(
-                self.images, key=lambda image: image.sop) if image.key not in absent)
 
-
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     """How a session ended."""
 
@@ -296,15 +280,12 @@ class Outcome:
 
 def fingerprint(lines: Iterable[str]) -> str:
     """A short digest of these lines."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(os.fsencode(line) + b"\0")
-    return digest.hexdigest()[:20]
+    return hashlib.sha256(b"\0".join(map(os.fsencode, lines))).hexdigest()[:20]
 
 
 # ---- tree ----------------------------------------------------------------------------------
 
-# Trash, snapshots and system folders of file servers and desktops; they hold what was withdrawn.
+# Trash, snapshots and system folders of file servers and desktops: what they hold was withdrawn.
 NO_DATA = frozenset(("#recycle", "@recycle", "@eadir", "$recycle.bin", "recycler", "lost+found",
                      "system volume information", "__macosx", "#snapshot", "~snapshot",
                      "@recently-snapshot"))
@@ -320,62 +301,49 @@ class Tree:
     """What ROOTDIR holds, by names."""
 
     sessions: List[Session] = field(default_factory=list)  # those that were chosen
-    sample: List[Session] = field(default_factory=list)  # the first ones, chosen or not
+    sample: List[Session] = field(default_factory=list)  # the first with series, chosen or not
     strays: List[str] = field(default_factory=list)  # files where folders belong
-    no_data: int = 0  # names that are none
+    no_data: List[str] = field(default_factory=list)  # names that stand for none
     not_chosen: int = 0  # sessions
+    labels: Set[str] = field(default_factory=set)  # of all sessions, chosen or not
 
     def pairs(self) -> Iterator[Tuple[Session, str]]:
         return ((session, series) for session in self.sessions for series in session.series)
 
 
-def walk(settings: Settings, note: Callable[[str], None], tick: Callable[[Tree], None]) -> Tree:
+def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
     """Walk ROOTDIR/subject/session/series by names; no file is opened.
 
-    `note` gets each name that is no data. Raises Stop(2) if two folders meet in one label, a
-    label is too long, or the tree has another shape.
+    Raises Stop(2) if two folders meet in one label, a label is too long, or there is no series.
     """
-    tree, owners = Tree(), {}  # type: Tree, Dict[Tuple[str, str], str]
-
-    def look(folder: str, strays: List[str]) -> List[str]:
-        names, files, no_data = folders_in(folder)
-        strays += files
-        tree.no_data += len(no_data)
-        for each in no_data:
-            note(f"no data: {each}")
-        tick(tree)
-        return names
-
-    above: List[str] = []
-    for subject in look(settings.rootdir, above):
+    tree, above = Tree(), []  # type: Tree, List[str]
+    owners: Dict[Tuple[str, str], str] = {}
+    for subject in folders_in(settings.rootdir, above, tree.no_data):
         # XNAT finds subjects without regard to case (retrieveMatchingSubject).
         folder = os.path.join(settings.rootdir, subject)
         claim(owners, "subject", clean_label(subject).lower(), folder)
         try:
-            names = look(folder, above)
+            names = folders_in(folder, above, tree.no_data)
         except OSError:
             names = [""]  # a session without a name stands for it, and fails
         for name in names:
-            claim(owners, "session", Session(subject, name).label, os.path.join(folder, name))
+            path, series = os.path.join(folder, name), []  # type: str, List[str]
+            claim(owners, "session", Session(subject, name).label, path)
+            tree.labels.add(Session(subject, name).label)
             chosen = settings.chooses(subject, name)
-            tree.not_chosen += not chosen
             if chosen or len(tree.sample) < SAMPLE:
-                session = walk_session(settings, subject, name, look, tree.strays if chosen else [])
-                tree.sample += [session] if len(tree.sample) < SAMPLE and session.joined else []
-                tree.sessions += [session] if chosen else []
+                with suppress(OSError):  # reading it will say why
+                    series = folders_in(path, tree.strays if chosen else [],
+                                        tree.no_data if chosen else [])
+            session = Session(subject, name, "\0".join(series))
+            tree.sample += [session] if series and len(tree.sample) < SAMPLE else []
+            tree.sessions += [session] if chosen else []
+            tree.not_chosen += not chosen
+            tick(tree)
+    check_shape(tree, settings, above)
     if not (settings.only or settings.shard[1] > 1):  # else each slice tells only of its own
         tree.strays += above
-    check_shape(tree, settings, above)
     return tree
-
-
-def walk_session(settings: Settings, subject: str, name: str,
-                 look: Callable[[str, List[str]], List[str]], strays: List[str]) -> Session:
-    try:
-        series = look(os.path.join(settings.rootdir, subject, name), strays) if name else []
-    except OSError:
-        series = []  # reading it will say why
-    return Session(subject, name, "\0".join(series))
 
 
 def is_no_data(name: str) -> bool:
@@ -383,20 +351,20 @@ def is_no_data(name: str) -> bool:
     return name.startswith(".") or name.lower() in NO_DATA
 
 
-def folders_in(folder: str) -> Tuple[List[str], List[str], List[str]]:
-    """Names of the folders in `folder`, in order; paths of the files; paths that are no data."""
-    names, files, no_data = [], [], []
+def folders_in(folder: str, files: List[str], no_data: List[str]) -> List[str]:
+    """Names of the folders in `folder`, in order; the paths of the rest go into the lists."""
+    names = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            # A link to nothing counts as a folder: a share that is not mounted must not go unnoticed.
+            # A link to nothing counts: a share that is not mounted must not go unnoticed.
             lost = entry.is_symlink() and not os.path.exists(entry.path)
             if is_no_data(entry.name):
                 no_data.append(entry.path)
-            elif not lost and (not entry.is_dir() or leads_back(entry)):
-                files.append(entry.path)
-            else:
+            elif lost or entry.is_dir() and not leads_back(entry):
                 names.append(entry.name)
-    return sorted(names), sorted(files), no_data
+            else:
+                files.append(entry.path)
+    return sorted(names)
 
 
 def leads_back(entry: os.DirEntry[str]) -> bool:
@@ -406,13 +374,8 @@ def leads_back(entry: os.DirEntry[str]) -> bool:
 
 def lies_in(path: str, folder: str) -> bool:
     """Whether `path` is `folder`, or lies in it."""
-    return os.path.realpath(folder) in and_above(path)
-
-
-def and_above(path: str) -> List[str]:
-    """The real path of a folder, and of all folders above it."""
-    real = os.path.realpath(path)
-    return [real] + [real[:at] or "/" for at, each in enumerate(real) if each == "/"]
+    folder = os.path.join(os.path.realpath(folder), "")
+    return os.path.join(os.path.realpath(path), "").startswith(folder)
 
 
 def clean_label(text: str) -> str:
@@ -433,22 +396,19 @@ def claim(owners: Dict[Tuple[str, str], str], kind: str, label: str, folder: str
 
 def check_shape(tree: Tree, settings: Settings, above: List[str]) -> None:
     """Raises Stop(2) if there is no series in ROOTDIR; a slice may be empty."""
+    root = os.path.join(settings.rootdir, "")
     if tree.sample or any(not session.name for session in tree.sessions):
         return
-    beside = [path for path in tree.strays if path not in above]
-    deeper = [path for path in above if os.path.dirname(path) != settings.rootdir.rstrip("/")]
-    if beside:
-        wrong = (f"the session level is missing ({beside[0]} is a file where series folders "
-                 "belong)")
-    elif deeper:
-        wrong = (f"the session and series levels are missing ({deeper[0]} is a file where session "
-                 "folders belong)")
-    elif tree.not_chosen:
+    missing, where = "session level is", tree.strays
+    if not where:
+        missing, where = "session and series levels are", [
+            path for path in above if os.path.dirname(path) != root.rstrip("/")]
+    if not where and tree.not_chosen:
         return
-    else:
-        wrong = "no series found"
-    raise Stop(f"ROOTDIR {settings.rootdir}: {wrong}: put the series into folders of this layout, or "
-               "give the folder that has it", WRONG_CALL, LAYOUT)
+    wrong = (f"the {missing} missing ({where[0]} is a file where folders belong)" if where else
+             "no series found")
+    raise Stop(f"ROOTDIR {settings.rootdir}: {wrong}: give a folder of this layout", WRONG_CALL,
+               LAYOUT)
 
 
 # One session's files
@@ -462,15 +422,14 @@ def list_session(session: Session, settings: Settings) -> List[Series]:
     folder = os.path.join(settings.rootdir, session.subject, session.name)
     try:
         return [list_series(name, os.path.join(folder, name), settings)
-                for name in folders_in(folder)[0]]
+                for name in folders_in(folder, [], [])]
     except OSError as error:
         raise unreadable("the folder", error)
 
 
 def list_series(name: str, folder: str, settings: Settings) -> Series:
     """One series folder with its files, at any depth, or the exclusion that leaves it out."""
-    series = Series(name, folder)
-    pattern = settings.left_out(name)
+    series, pattern = Series(name, folder), settings.left_out(name)
     if pattern:
         series.status, series.message = "left out", f'name contains "{pattern}"'
         return series
@@ -478,50 +437,43 @@ def list_series(name: str, folder: str, settings: Settings) -> Series:
         list_files(series)
     except OSError as error:
         series.problems.append(unreadable("the folder", error))
-    series.files.sort()
-    series.listing = fingerprint(f"{each.name} {each.bytes} {each.time_ns}" for each in series.files)
-    series.listing += str(len(series.problems) or "")
+    series.files.sort(key=lambda file: file.name)
+    series.listing = fingerprint(itertools.chain(
+        (f"{file.name} {file.bytes} {file.time_ns}" for file in series.files),
+        map(str, series.problems)))
     return series
 
 
 def list_files(series: Series) -> None:
     """One pass over the folders below a series folder. Links are followed, each folder once."""
-    folder = series.folder
-    entries = list(os.scandir(folder))
+    entries = list(os.scandir(series.folder))
     links: List[Tuple[str, os.DirEntry[str]]] = []  # to folders: after all real ones, by path
-    read = {os.path.realpath(folder)}  # folders that link to each other have paths without end
+    read = [series.folder]  # folders that link to each other have paths without end
     while entries or links:
         linked = not entries
         entry = heapq.heappop(links)[1] if linked else entries.pop()
-        name = entry.path[len(folder) + 1:]
+        name = entry.path[len(series.folder) + 1:]
         try:
             if is_no_data(entry.name) and not PERHAPS_UNFINISHED.search(entry.name):
                 series.not_dicom.append(f"{name} (no data, by its name)")
-            elif not entry.is_dir():
-                list_file(entry, name, series)
-            elif not entry.is_symlink():
-                entries += os.scandir(entry.path)
-            elif not linked:
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                series.problems.append(Trouble(f"{name} is a link to nothing",
+                                               "mend or remove it, then run again"))
+            elif entry.is_file():
+                info = entry.stat()
+                series.files.append(File(name, info.st_size, info.st_mtime_ns))
+            elif not entry.is_dir():  # a FIFO would make us wait for ever
+                series.not_dicom.append(f"{name} (no regular file)")
+            elif entry.is_symlink() and not linked:
                 heapq.heappush(links, (entry.path, entry))
-            elif leads_back(entry) or not read.isdisjoint(and_above(entry.path)):
-                series.not_dicom.append(
-                    f"{name} (a link to a folder above it, or one that is read already)")
+            elif linked and any(lies_in(entry.path, each) or lies_in(each, entry.path)
+                                for each in read):
+                series.not_dicom.append(f"{name} (a link to a folder that is read already)")
             else:
-                read.add(os.path.realpath(entry.path))
+                read += [os.path.realpath(entry.path)] if linked else []
                 entries += os.scandir(entry.path)
         except OSError as error:
             series.problems.append(unreadable(name, error))
-
-
-def list_file(entry: os.DirEntry[str], name: str, series: Series) -> None:
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        series.problems.append(Trouble(f"{name} is a link to nothing",
-                                       "mend or remove it, then run again"))
-    elif entry.is_file():
-        info = entry.stat()
-        series.files.append(File(name, info.st_size, info.st_mtime_ns))
-    else:  # a FIFO would make us wait for ever
-        series.not_dicom.append(f"{name} (no regular file)")
 
 
 def unreadable(thing: str, error: OSError) -> Trouble:
@@ -533,7 +485,7 @@ def unreadable(thing: str, error: OSError) -> Trouble:
              errno.EISDIR: ("is a folder", "give a file")}
     what, to_do = known.get(error.errno or 0, (f"cannot be read ({error.strerror})",
                                                "check the disk or share"))
-    return Trouble(f"{thing} {what}", f"{to_do}, then run again")
+    return Trouble(f"{thing} {what}".strip(), f"{to_do}, then run again")
 
 
 def read_session(series: List[Series], tick: Callable[[int], None]) -> None:
@@ -541,17 +493,17 @@ def read_session(series: List[Series], tick: Callable[[int], None]) -> None:
 
     `tick` is told how many files have been read. Raises Trouble for two studies in one session.
     """
-    blank: List[Tuple[Series, str, str]] = []  # named in the end: as DICOM, or as junk?
-    shapes: Set[str] = set()
+    blank: List[Tuple[Series, str, str]] = []
     for each in series:
         for file in each.files:
             blank += look_at(each, file)
-        shapes |= {name_shape(image.file.name) for image in each.images}
         tick(len(each.files))
-    for each, name, why in blank:
-        broken = name_shape(name) in shapes or re.search(r"\.(dcm|ima|dicom)$", name.lower())
-        (each.damaged if broken else each.not_dicom).append(f"{name} {why}" if broken else
-                                                            f"{name} ({why})")
+    shapes = {name_shape(image.name) for each in series for image in each.images}
+    for each, name, why in blank:  # an image that broke, if it is named as the others are
+        if name_shape(name) in shapes or re.search(r"\.(dcm|ima|dicom)$", name.lower()):
+            each.damaged.append(f"{name} {why}")
+        else:
+            each.not_dicom.append(f"{name} ({why})")
     find_copies(series)
     check_studies(series)
     for each in series:
@@ -564,14 +516,14 @@ def read_session(series: List[Series], tick: Callable[[int], None]) -> None:
 
 def look_at(series: Series, file: File) -> List[Tuple[Series, str, str]]:
     """Put one file where it belongs in its series; what is blank is returned, with the reason."""
-    name, path = file.name, os.path.join(series.folder, file.name)
-    base = os.path.basename(name)
+    name, path, base = file.name, os.path.join(series.folder, file.name), os.path.basename(file.name)
     try:
         header = read_header(path, file.bytes)
         packed = header.kind == "other" and is_packed(path)
     except OSError as error:
         series.problems.append(unreadable(name, error))
         return []
+    unsendable = why_unsendable(name)
     if UNFINISHED.search(base) or PERHAPS_UNFINISHED.search(base) and header.kind != "other":
         series.problems.append(Trouble(f"{name} is unfinished, by its name",
                                        "wait until it is whole, or remove it, then run again"))
@@ -583,11 +535,11 @@ def look_at(series: Series, file: File) -> List[Tuple[Series, str, str]]:
         series.not_dicom.append(name)
     elif header.kind == "blank":
         return [(series, name, header.why)]
-    elif why_unsendable(name):
-        series.problems.append(Trouble(f"{name} {why_unsendable(name)}",
-                                       "rename it, then run again"))
+    elif unsendable:
+        series.problems.append(Trouble(f"{name} {unsendable}", "rename it, then run again"))
     else:
-        series.images.append(Image(file, header.sop, header.study, header.series))
+        file.sop, file.study, file.series = header.sop, header.study, header.series
+        series.images.append(file)
     return []
 
 
@@ -602,8 +554,7 @@ def why_unsendable(name: str) -> str:
         return "has a line break or DEL in its name"
     if not is_utf8(name):  # Java's ZipInputStream refuses the whole zip for it
         return "has a name that is not UTF-8"
-    return "is DICOM named as an archive, which XNAT would unpack" if XNAT_UNPACKS.search(
-        name) else ""
+    return "is DICOM named as an archive" if XNAT_UNPACKS.search(name) else ""
 
 
 def is_utf8(name: str) -> bool:
@@ -613,48 +564,39 @@ def is_utf8(name: str) -> bool:
 
 def find_copies(series: List[Series]) -> None:
     """Take images out that stand there already; where one UID stands for two, fail both series."""
-    owners: Dict[Tuple[str, str], List[Tuple[Series, Image]]] = defaultdict(list)
+    owners: Dict[Tuple[str, str], List[Tuple[Series, File]]] = defaultdict(list)
     for each in series:
         for image in each.images:
-            owners[image.key].append((each, image))
+            owners[image.series, image.sop].append((each, image))
     for found in owners.values():
-        if len(found) < 2:
-            continue
-        found.sort(key=lambda pair: (len(pair[1].file.name), pair[1].file.name, pair[0].name))
-        first, kept = found[0]
-        for each, image in found[1:]:
-            # With the series' name: it may be another folder's.
-            names = [f"{each.name}/{image.file.name}", f"{first.name}/{kept.file.name}"]
+        (first, kept), *others = sorted(found, key=lambda pair: (len(pair[1].name), pair[1].name))
+        for each, image in others:
+            name, twin = f"{each.name}/{image.name}", f"{first.name}/{kept.name}"
             try:
-                same = is_same(each, image.file, first, kept.file)
+                same = image.bytes == kept.bytes and crc_of(each, image) == crc_of(first, kept)
             except OSError as error:
-                each.problems.append(unreadable(image.file.name, error))
+                each.problems.append(unreadable(image.name, error))
                 continue
             if same:
                 each.images.remove(image)
-                each.copies.append(f"{names[0]} is a copy of {names[1]}")
-                continue
-            trouble = Trouble(f"{names[1]} and {names[0]} are two images with one SOP Instance UID "
-                              f"({image.sop}), of which XNAT would keep one",
-                              "move one of them out, or have its UIDs corrected, then run again")
-            for one in {id(first): first, id(each): each}.values():
-                one.problems.append(trouble)
-
-
-def is_same(one: Series, file: File, other: Series, twin: File) -> bool:
-    """Whether two files have the same bytes."""
-    return file.bytes == twin.bytes and crc_of(one, file) == crc_of(other, twin)
+                each.copies.append(f"{name} is a copy of {twin}")
+            else:
+                trouble = Trouble(f"{twin} and {name} are two images with one SOP Instance UID "
+                                  f"({image.sop}), of which XNAT would keep one", "move one of them "
+                                  "out, or have its UIDs corrected, then run again")
+                for one in {first, each}:
+                    one.problems.append(trouble)
 
 
 def crc_of(series: Series, file: File) -> int:
     """The CRC-32 of a file's bytes, read once."""
-    if file.name not in series.crcs:
+    if file.crc < 0:
         crc = 0
         with open(os.path.join(series.folder, file.name), "rb") as stream:
             for piece in iter(lambda: stream.read(1 << 20), b""):
                 crc = zlib.crc32(piece, crc)
-        series.crcs[file.name] = crc
-    return series.crcs[file.name]
+        file.crc = crc
+    return file.crc
 
 
 def check_studies(series: List[Series]) -> None:
@@ -662,7 +604,7 @@ def check_studies(series: List[Series]) -> None:
     studies: Dict[str, str] = {}
     for each in series:
         for image in each.images:
-            studies.setdefault(image.study, f"{each.name} ({image.file.name}) is of study "
+            studies.setdefault(image.study, f"{each.name} ({image.name}) is of study "
                                f"{image.study or 'none'}")
     if len(studies) > 1:
         raise Trouble(f"two studies in one session folder: {'; '.join(studies.values())}",
@@ -674,7 +616,7 @@ def is_packed(path: str) -> bool:
     """Whether an archive or compressed file holds DICOM, by its first members' first bytes."""
     with suppress(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error,
                   lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile):
-        return any(header_of(Source(head, len(head))).kind in ("DICOM", "damaged")
+        return any(header_of(head, len(head)).kind in ("DICOM", "damaged")
                    for head in itertools.islice(heads_in(path), 20))
     return False
 
@@ -682,65 +624,53 @@ def is_packed(path: str) -> bool:
 def heads_in(path: str) -> Iterator[bytes]:
     """The first bytes of what an archive or compressed file holds."""
     with open(path, "rb") as file:
-        magic = file.read(6)
-    for sign, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
+        magic = file.read(4)
+    for sign, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zX", lzma.open)):
         if magic.startswith(sign):
             with opener(path) as stream:  # type: ignore[operator]
-                yield stream.read(FIRST_READ)
+                yield stream.read(READS[0])
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if not entry.is_dir():
-                    with archive.open(entry) as stream:
-                        yield stream.read(FIRST_READ)
+                with archive.open(entry) as stream:
+                    yield stream.read(READS[0])
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                if content:
-                    yield content.read(FIRST_READ)
+            for content in filter(None, map(tar.extractfile, tar)):
+                yield content.read(READS[0])
+
+
+# Before the first session: a level too high, and files beside the folders
 
 
 def looks_too_high(tree: Tree, settings: Settings) -> str:
     """A series folder whose subfolders hold different series, if that is so in most of a sample."""
     deep, flat = [], 0
-    for session in tree.sample:
-        for name in session.series[:SAMPLE]:
-            folder = os.path.join(settings.rootdir, session.subject, session.name, name)
-            firsts = [first_image(each.path) for each in subfolders(folder)[:SAMPLE]]
-            # XNAT's own download is meant so: scans/5-T1/resources/DICOM/files/
-            if len({uid for uid, path in firsts if uid and "/resources/" not in path}) > 1:
-                deep.append(folder)
-            else:
-                flat += 1
+    for path in (f"{session.path}/{name}" for session in tree.sample
+                 for name in session.series[:SAMPLE]):
+        folder, uids = os.path.join(settings.rootdir, path), set()
+        with suppress(OSError):
+            for below in folders_in(folder, [], [])[:SAMPLE]:
+                # XNAT's own download is meant so: scans/5-T1/resources/DICOM/files/
+                if not os.path.isdir(os.path.join(folder, below, "resources")):
+                    uids.add(first_series(os.path.join(folder, below)))
+        deep += [folder] if len(uids - {""}) > 1 else []
+        flat += len(uids - {""}) < 2
     return deep[0] if len(deep) > flat else ""
 
 
-def subfolders(folder: str) -> List[os.DirEntry[str]]:
-    with suppress(OSError), os.scandir(folder) as entries:
-        return sorted((each for each in entries if each.is_dir() and not is_no_data(each.name)),
-                      key=lambda each: each.name)
-    return []
+def first_series(folder: str) -> str:
+    """The Series UID of a DICOM file below a folder, among the first that are found there."""
+    for path in itertools.islice((os.path.join(path, name) for path, _, names in os.walk(folder)
+                                  for name in sorted(names) if not is_no_data(name)), 20):
+        with suppress(OSError):
+            uid = read_header(path, os.path.getsize(path)).series
+            if uid:
+                return uid
+    return ""
 
 
-def first_image(folder: str) -> Tuple[str, str]:
-    """Series UID and path of a DICOM file below a folder, among the first that are found there."""
-    tried = 0
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(each for each in folders if not is_no_data(each))
-        for name in sorted(names):
-            with suppress(OSError):
-                full = os.path.join(path, name)
-                header = read_header(full, os.path.getsize(full))
-                if header.kind == "DICOM":
-                    return header.series, full
-            tried += 1
-            if tried > 20:
-                return "", ""
-    return "", ""
-
-
-def look_at_strays(tree: Tree) -> List[Tuple[str, Trouble]]:
+def look_at_strays(tree: Tree) -> Iterator[Tuple[str, Trouble]]:
     """What is wrong with files that lie where folders belong: images there would be lost."""
     found: Dict[Tuple[str, str], List[str]] = defaultdict(list)
     for path in tree.strays:
@@ -748,15 +678,12 @@ def look_at_strays(tree: Tree) -> List[Tuple[str, Trouble]]:
             if os.path.isfile(path):
                 kind = read_header(path, os.path.getsize(path)).kind
                 kind = "packed" if kind == "other" and is_packed(path) else kind
-                found[kind, os.path.dirname(path)].append(os.path.basename(path))
-    kinds = (("DICOM", "DICOM file", "where folders belong", "put them into a series folder"),
-             ("damaged", "damaged file", "where folders belong", "copy them again from the source "
-              "into a series folder"),
-             ("packed", "packed file", "where a folder belongs", "unpack it"))
-    return [(folder, Trouble(f"{plural(len(names), noun)} {where} ({some(names)})",
-                             f"{to_do}, then run again"))
-            for each, noun, where, to_do in kinds
-            for (kind, folder), names in found.items() if kind == each]
+                found[os.path.dirname(path), kind].append(os.path.basename(path))
+    for (folder, kind), names in found.items():
+        if kind in ("DICOM", "damaged", "packed"):
+            yield folder, Trouble(f"{plural(len(names), f'{kind} file')} where folders belong "
+                                  f"({some(names)})", ("unpack into" if kind == "packed" else
+                                  "put into") + " a series folder, then run again")
 
 
 # One file's header
@@ -813,12 +740,12 @@ def read_header(path: str, size: int) -> Header:
     handle = os.open(path, os.O_RDONLY)
     try:
         head = os.read(handle, FIRST_READ)
-        return header_of(Source(head, max(size, len(head)), handle))
+        return header_of_source(Source(head, max(size, len(head)), handle))
     finally:
         os.close(handle)
 
 
-def header_of(source: Source) -> Header:
+def header_of_source(source: Source) -> Header:
     if source.head[128:132] == b"DICM":
         return read_data_set(source, 132)
     return read_data_set(source, 0) if begins_bare(source) else no_dicom(source.head, source.size)
@@ -982,6 +909,13 @@ def inflate(source: Source, offset: int) -> Source:
     return Source(data, len(data) if whole else 1 << 62)
 
 
+READS = (FIRST_READ,)
+
+
+def header_of(data: bytes, size: int) -> Header:
+    return header_of_source(Source(data, size))
+
+
 # ---- packing -------------------------------------------------------------------------------
 
 
@@ -1028,8 +962,6 @@ class Programs:
         finally:
             process.kill()
             process.wait()
-            for pipe in (process.stdout, process.stderr):
-                pipe.close()  # type: ignore[union-attr]
             with self._lock:
                 del self._running[process.pid]
                 self._tell_guard()
@@ -1040,23 +972,24 @@ class Programs:
     @staticmethod
     def _talk(process: subprocess.Popen[bytes], given: bytes,
               watch: Callable[[bytes], None]) -> Tuple[bytes, bytes]:
+        assert process.stdin and process.stdout and process.stderr
         # zip and curl read all of their input before they say much.
-        with suppress(BrokenPipeError), process.stdin as into:  # type: ignore[union-attr]
+        with suppress(BrokenPipeError), process.stdin as into:
             into.write(given)
-        said = {process.stdout: bytearray(), process.stderr: bytearray()}
-        with selectors.DefaultSelector() as waiting:
-            for stream in said:
-                waiting.register(stream, selectors.EVENT_READ)  # type: ignore[arg-type]
+        out, err = bytearray(), bytearray()
+        with process.stdout, process.stderr, selectors.DefaultSelector() as waiting:
+            waiting.register(process.stdout, selectors.EVENT_READ, out)
+            waiting.register(process.stderr, selectors.EVENT_READ, err)
             while waiting.get_map():
                 for key, _ in waiting.select():
                     piece = os.read(key.fd, 1 << 16)
-                    said[key.fileobj] += piece  # type: ignore[index]
+                    key.data.extend(piece)
                     if not piece:
                         waiting.unregister(key.fileobj)
-                del said[process.stderr][:-10000]  # hours of curl's progress
-                watch(bytes(said[process.stderr][-200:]))
+                del err[:-10000]  # hours of curl's progress
+                watch(bytes(err[-200:]))
         process.wait()
-        return bytes(said[process.stdout]), bytes(said[process.stderr])
+        return bytes(out), bytes(err)
 
     def _tell_guard(self) -> None:
         with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
@@ -1117,13 +1050,12 @@ class Workdir:
         self.advice = (f"workdir {self.path}: its file system knows no locks, so two runs are not "
                        "kept apart: see that no other run uses it")
         here = f"{self.zips}-{os.uname().nodename}-"
-        for left in glob.glob(glob.escape(here) + "[0-9]*"):  # by a run of this machine...
-            try:
-                os.kill(int(left[len(here):]), 0)
-            except (ProcessLookupError, ValueError):  # ...that is gone
-                shutil.rmtree(left, ignore_errors=True)
-            except OSError:
-                pass
+        for left in glob.glob(glob.escape(here) + "[0-9]*"):
+            with suppress(PermissionError):  # else that run of this machine is alive
+                try:
+                    os.kill(int(left[len(here):]), 0)
+                except (ProcessLookupError, ValueError):
+                    shutil.rmtree(left, ignore_errors=True)
         self.zips = f"{here}{os.getpid()}"
 
     def close(self) -> None:
@@ -1141,9 +1073,8 @@ class Workdir:
             while shutil.disk_usage(self.zips).free - self._promised < need:
                 if not self._promised:
                     free = size(shutil.disk_usage(self.zips).free)
-                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
-                                  f"{free})", "make room, lower --max-files, or choose another "
-                                  "--workdir")
+                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has {free})",
+                                  "make room, lower --max-files, or choose another --workdir")
                 self._room.wait()
             self._promised += need
         target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
@@ -1161,56 +1092,55 @@ class Workdir:
 
 def zip_room(files: List[File]) -> int:
     """Bytes that a zip of these files never exceeds."""
-    return sum(each.bytes for each in files) + 1024 * len(files) + 65536
+    return sum(file.bytes for file in files) + 1024 * len(files) + 65536
 
 
-def pack(series: Series, files: List[File], target: str, level: int, programs: Programs) -> None:
-    """Zip `files` of a series into `target`. Raises Trouble unless it holds exactly them."""
-    for each in files:
+def pack(folder: str, files: List[File], target: str, level: int, programs: Programs) -> None:
+    """Zip `files` of a folder into `target`. Raises Trouble unless it holds exactly them."""
+    for file in files:
         try:
-            info = os.stat(os.path.join(series.folder, each.name))
+            info = os.stat(os.path.join(folder, file.name))
         except OSError as error:
-            raise unreadable(each.name, error)
-        if (info.st_size, info.st_mtime_ns) != (each.bytes, each.time_ns):
-            raise Trouble(f"{each.name} changed during this run", "run again when it is still")
+            raise unreadable(file.name, error)
+        if (info.st_size, info.st_mtime_ns) != (file.bytes, file.time_ns):
+            raise Trouble(f"{file.name} changed during this run", "run again when it is still")
     # -q quiet; -X no owners and times; -D no folder entries; -@ names, a line each, as input. `./`
     # keeps a name with - from being taken for an option. zip makes the file itself (one that is
     # there would be updated); written to a pipe, Java would refuse it (data descriptors).
-    names = b"".join(b"./" + os.fsencode(each.name) + b"\n" for each in files)
-    done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, series.folder)
+    names = b"".join(b"./" + os.fsencode(file.name) + b"\n" for file in files)
+    done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, folder)
     if done.returncode not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
         text = " ".join((done.stdout + done.stderr).decode("utf-8", "replace").split())
         raise Trouble(f"zip failed (exit {done.returncode}{', ' + text if text else ''})",
                       "make room in the workdir" if done.returncode == 14 else "run again")
-    series.crcs.update(check_zip(target, files))
+    check_zip(target, files)
 
 
-def check_zip(target: str, files: List[File]) -> Dict[str, int]:
-    """The CRC-32 of each file. Raises Trouble unless the zip holds these in full and nothing else.
+def check_zip(target: str, files: List[File]) -> None:
+    """Take over each file's CRC-32. Raises Trouble unless the zip holds these in full and no more.
 
     zip's exit 0 is no proof: a file that shrank or vanished while it was read gives 0.
     """
-    wanted = {os.fsencode(each.name): each for each in files}
-    crcs: Dict[str, int] = {}
+    wanted = {(os.fsencode(file.name), file.bytes): file for file in files}
     try:
         with suppress(FileNotFoundError), zipfile.ZipFile(target) as archive:
             for entry in archive.infolist():
                 # The bytes as they stand in the zip: Python decodes those without flag as cp437.
                 coding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
                 name = entry.orig_filename.encode(coding)
-                file = wanted.get(name)
-                if not file or file.bytes != entry.file_size or file.name in crcs:
-                    crcs = {}  # cut short, grown, or somebody else's
-                    wanted = {name: file} if file else wanted
-                    break
-                crcs[file.name] = entry.CRC
+                file = wanted.pop((name, entry.file_size), None)
+                if not file:
+                    raise cut_short(os.fsdecode(name))
+                file.crc = entry.CRC
     except (OSError, zipfile.BadZipFile) as error:
         raise Trouble(f"zip made no readable archive ({error})", "run again")
-    for each in wanted.values():
-        if each.name not in crcs:
-            raise Trouble(f"{each.name} could not be read in full, or changed while it was read",
-                          "check it, then run again")
-    return crcs
+    for file in wanted.values():
+        raise cut_short(file.name)
+
+
+def cut_short(name: str) -> Trouble:
+    return Trouble(f"{name} could not be read in full, or changed while it was read",
+                   "check it, then run again")
 
 
 class Level:
@@ -1285,33 +1215,29 @@ class Answer:
     @property
     def evidence(self) -> str:
         """curl's exit status and words, or the HTTP status and the server's own sentence."""
-        if self.code:
-            return ", ".join(filter(None, (f"curl exit {self.code}", self.error)))
-        return ", ".join(filter(None, (f"HTTP {self.status}", sentence(self.body))))
+        words = ((f"curl exit {self.code}", self.error) if self.code else
+                 (f"HTTP {self.status}", sentence(self.body)))
+        return ", ".join(filter(None, words))
 
     def json(self) -> Any:
         """The body as JSON, None if it is none."""
-        try:
+        with suppress(ValueError, RecursionError):
             return json.loads(self.body) if self.status == 200 else None
-        except (ValueError, RecursionError):
-            return None
 
 
 # What stands in error pages beside the reason: headings, and the names of the statuses.
-NO_REASON = re.compile(r"Status page\b|You can get technical details|Please continue your visit|"
-                       r"([A-Z][a-z]+ ?){1,3}$")
+NO_REASON = re.compile("Status page$|You can get technical details|Please continue your visit|"
+                       "[A-Z][a-z]+( [A-Z][a-z]+){0,2}$")
 
 
 def sentence(body: str) -> str:
-    """The reason in an error page: XNAT's stands in <h3>, in newer ones in the first <p>."""
-    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body[:20_000])
-    for pattern in (r"<h3[^>]*>(.*?)</h3>", r"<p[^>]*>(.*?)</p>", r"<title>(.*?)</title>",
-                    r"<h[1-6][^>]*>(.*?)</h[1-6]>", r"(.*)"):
-        for found in re.findall(f"(?is){pattern}", text):
-            words = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", found)).split())
-            if words and not NO_REASON.match(words):
-                return words[:300]
-    return ""
+    """The reason in an error page: XNAT's stands in <h3>, in newer ones in a <p>."""
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body)
+    found = [each for tag in ("h3", "p", "title", "h[1-6]")
+             for each in re.findall(f"(?is)<{tag}[^>]*>(.*?)</{tag}>", text)] or [text]
+    words = [" ".join(html.unescape(re.sub("<[^>]*>", " ", each)).split()) for each in found]
+    words = [each for each in words if not NO_REASON.match(each)] + words
+    return next((each[:300] for each in words if each), "")
 
 
 class Curl:
@@ -1361,7 +1287,7 @@ class Curl:
     def _run(self, urls: List[str], options: List[str], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
         """An answer from each URL, in their order."""
-        settings, mark = self.settings, os.urandom(8).hex()
+        settings, mark, number = self.settings, os.urandom(8).hex(), next(self._numbers)
         # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
         # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
         # --include: the headers come with the body. Never --fail (it hides the answer), never
@@ -1372,16 +1298,15 @@ class Curl:
         command += ["--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
                     "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
         command += ["--cacert", settings.cacert] if settings.cacert else []
-        command += ["--insecure"] if settings.insecure else []
-        command += options
+        command += (["--insecure"] if settings.insecure else []) + options
         # The URL goes in there too: a curl whose parent dies before it is fed does nothing.
-        secrets = "".join(f'url = "{quoted(url)}"\n' for url in urls)
-        secrets += f'user = "{quoted(settings.user)}:{quoted(settings.password)}"\n'
+        secrets = [("url", url) for url in urls]
+        secrets += [("user", f"{settings.user}:{settings.password}")]
         if self.cookie:  # with both, a server session that expired heals itself
-            secrets += f'cookie = "JSESSIONID={self.cookie}"\n'
-        number = next(self._numbers)
+            secrets += [("cookie", f"JSESSIONID={self.cookie}")]
+        given = "".join(f'{key} = "{quoted(value)}"\n' for key, value in secrets)
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
-        done = self.programs.run(command, os.fsencode(secrets), folder, watch)
+        done = self.programs.run(command, os.fsencode(given), folder, watch)
         answers = read_answers(done, mark, len(urls))
         for url, answer in zip(urls, answers):
             self.cookie = answer.cookie or self.cookie
@@ -1398,17 +1323,17 @@ class Curl:
         `files` is what XNAT may still be importing after an answer that was lost. Raises Stop
         where no other request could fare better: login refused, server gone.
         """
-        retries = self.settings.retries
-        for tries in range(1, retries + 2):
+        for tries in itertools.count(1):
             answer = request()
             meaning = meaning_of(answer)
             self.check_login(answer)
-            if not meaning.heals or tries > retries:
+            if not meaning.heals or tries > self.settings.retries:
                 break
             self.wait_to_heal(about, answer, meaning, tries, files)
-        if meaning.gone and not self.is_there():
-            raise Stop(f"{self.settings.url}: the server is gone ({meaning.words(answer)}): run "
-                       "again later, it goes on where it stopped")
+        if meaning.gone and meaning_of(self.ask(
+                "GET", BUILD_INFO, seconds=min(30, self.settings.timeout))).gone:
+            raise Stop(f"{self.settings.url}: the server is gone ({meaning.means}, "
+                       f"{answer.evidence}): run again later, it goes on where it stopped")
         return answer, meaning, tries
 
     def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
@@ -1416,10 +1341,10 @@ class Curl:
         """Announce a wait that grows with the tries, and wait."""
         # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes. After silence and
         # a proxy's 504 the first import may go on: XNAT needs 46 to 75 ms a file.
-        importing = 0.15 * files if meaning.goes_on else answer.retry_after
-        pause = max(importing, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
-        self.teller.say(f"{about}: {meaning.words(answer)}; trying again in {pause:.0f} s ({tries} "
-                        f"of {self.settings.retries})")
+        least = 0.15 * files if meaning.goes_on else answer.retry_after
+        pause = max(least, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
+        self.teller.say(f"{about}: {meaning.means} ({answer.evidence}); trying again in {pause:.0f} "
+                        f"s ({tries} of {self.settings.retries})")
         self.programs.pause(pause)
 
     def check_login(self, answer: Answer) -> None:
@@ -1429,18 +1354,13 @@ class Curl:
         if answer.status == 401 or page or 300 <= answer.status < 400 and not archived:
             raise Stop(refusal(self.settings, answer))
 
-    def is_there(self) -> bool:
-        """Whether anything that could be a working XNAT answers."""
-        answer = self.ask("GET", BUILD_INFO, seconds=min(30, self.settings.timeout))
-        return not meaning_of(answer).gone
-
     def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
         """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
         query = dict(query or {}, format="json")
         answer, meaning, _ = self.ask_until(path, lambda: self.ask("GET", path, query))
         found = answer.json()
         if found is None and answer.status != 404:
-            raise Trouble(f"{path} cannot be read: {meaning.words(answer)}", meaning.to_do)
+            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
         return found
 
     def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
@@ -1480,13 +1400,13 @@ def read_answer(out: bytes, status: int,
 
     code, told = (done.returncode, done.stderr.decode("utf-8", "replace")) if done else (0, "")
     error = re.search(r"curl: \(\d+\) (.*)", told, re.DOTALL)  # after the bars of its progress
-    wait = header(r"retry-after: *(\d{1,6})\s*$")
     return Answer(
         code, 0 if code else status,  # after a failed transfer curl may still say 100 or 200
         out[len(head):].decode("utf-8", "replace"),
         " ".join(error[1].split())[:200] if error else "",
         header(r"location:(.*)$"),
-        min(600.0, float(wait or 0)),  # no server is waited for longer than ten minutes
+        # No server is waited for longer than ten minutes.
+        min(600.0, float(header(r"retry-after: *(\d{1,6})\s*$") or 0)),
         # A new server session where the old one had expired; not the guest's of a refusal.
         header(r"set-cookie: *JSESSIONID=([0-9A-Za-z._-]+)") if status == 200 else "")
 
@@ -1496,11 +1416,10 @@ Row = Dict[str, str]
 
 def table(found: Any) -> Optional[List[Row]]:
     """The rows of a listing with lower-case column names, None if it is none."""
-    try:
+    with suppress(KeyError, TypeError, AttributeError):
         return [{key.lower(): "" if value is None else str(value) for key, value in row.items()}
                 for row in found["ResultSet"]["Result"]]
-    except (KeyError, TypeError, AttributeError):
-        return None
+    return None
 
 
 # ---- meanings ------------------------------------------------------------------------------
@@ -1516,74 +1435,68 @@ class Meaning(NamedTuple):
     gone: bool = False  # nothing that looks like a working XNAT answered
     goes_on: bool = False  # the server may still be at work on the request
 
-    def words(self, answer: Answer) -> str:
-        return f"{self.means} ({answer.evidence})"
 
-
-REFUSED = "the server refused it"
+NO = "the server refused it"
 BUSY = "the server is busy"
+LATER = "run again later"
+LOST = True, True  # heals, gone
 MEANINGS = (
     # curl's exit statuses: what never came to an answer.
-    Meaning("curl exit 5\\b", "the proxy's name cannot be found", "check the proxy settings",
-            True, True),
-    Meaning("curl exit 6\\b", "the server's name cannot be found", "check URL and network",
-            True, True),
-    Meaning("curl exit 7\\b", "nothing answers there", "check URL, network, and whether XNAT is up",
-            True, True),
-    Meaning("curl exit 28\\b", "the connection went silent", "check the network, and see --timeout",
-            True, True, True),
-    Meaning("curl exit 35\\b", "no encrypted connection comes about",
-            "check https or http, and the port", True, True),
-    Meaning("curl exit 52\\b", "the server closed the connection without an answer",
-            "run again later", True, True),
-    Meaning("curl exit 55\\b", "the connection broke while sending", "run again later", True, True),
-    Meaning("curl exit (16|18|56|92|95|96)\\b", "the connection broke", "run again later",
-            True, True),
-    Meaning("curl exit 60\\b.*expired", "the server's certificate has expired",
+    Meaning(r"exit 5\b", "the proxy's name cannot be found", "check the proxy settings", *LOST),
+    Meaning(r"exit 6\b", "the server's name cannot be found", "check URL and network", *LOST),
+    Meaning(r"exit 7\b", "nothing answers there", "check URL, network, and whether XNAT is up",
+            *LOST),
+    Meaning(r"exit 28\b", "the connection went silent", "check the network, and see --timeout",
+            *LOST, True),
+    Meaning(r"exit 35\b", "no encrypted connection comes about",
+            "check https or http, and the port", *LOST),
+    Meaning(r"exit 52\b", "the server closed the connection without an answer", LATER, *LOST),
+    Meaning(r"exit 55\b", "the connection broke while sending", LATER, *LOST),
+    Meaning(r"exit (16|18|56|92|95|96)\b", "the connection broke", LATER, *LOST),
+    Meaning(r"exit 60\b.*expired", "the server's certificate has expired",
             "ask the XNAT admin to renew it"),
-    Meaning("curl exit 60\\b.*not yet valid", "the server's certificate is not valid yet",
+    Meaning(r"exit 60\b.*not yet valid", "the server's certificate is not valid yet",
             "check this machine's clock"),
-    Meaning("curl exit 60\\b.*subject name", "the server's certificate is for another name",
+    Meaning(r"exit 60\b.*subject name", "the server's certificate is for another name",
             "give the URL by that name"),
-    Meaning("curl exit 60\\b", "the server's certificate is not trusted",
+    Meaning(r"exit 60\b", "the server's certificate is not trusted",
             "give your site's CA with --cacert FILE"),
-    Meaning("curl exit 77\\b", "the CA file cannot be read", "check --cacert"),
-    Meaning("curl exit -", "curl was killed", "run again", True, True),
+    Meaning(r"exit 77\b", "the CA file cannot be read", "check --cacert"),
+    Meaning("exit -", "curl was killed", "run again", *LOST),
     Meaning("curl exit", "curl failed", "run again"),
     # What waiting heals, by XNAT's own words and by a proxy's status.
     Meaning("HTTP (400|409|423|500).*(concurrent file sends|session processing (may already be )?"
             "in progress|concurrent modification is discouraged|duplicate archive attempt|"
-            "destination session in use)", BUSY, "run again later", True, goes_on=True),
+            "destination session in use)", BUSY, LATER, True, goes_on=True),
     Meaning("HTTP 504", "a proxy gave up waiting", "lower --max-files, or ask the admin to raise "
-            "proxy_read_timeout", True, True, True),
-    Meaning("HTTP (408|429)", BUSY, "run again later", True),
-    Meaning("HTTP (502|503)", "XNAT does not answer behind its proxy", "run again later", True, True),
+            "proxy_read_timeout", *LOST, True),
+    Meaning("HTTP (408|429)", BUSY, LATER, True),
+    Meaning("HTTP (502|503)", "XNAT does not answer behind its proxy", LATER, *LOST),
     # What XNAT refuses to import.
-    Meaning("HTTP 413", REFUSED, "lower --max-files, or ask the admin to raise "
-            "client_max_body_size"),
-    Meaning("HTTP 403", REFUSED, "ask the project's owner for the right to edit"),
-    Meaning("unable to read dicom", REFUSED, "here it reads as DICOM, so ask the XNAT admin whether "
-            "the server's disk is full; if not, copy that file again from its source"),
-    Meaning("contains no sop", REFUSED, "copy that file again from its source, then run again"),
+    Meaning("HTTP 413", NO, "lower --max-files, or ask the admin to raise client_max_body_size"),
+    Meaning("HTTP 403", NO, "ask the project's owner for the right to edit"),
+    Meaning("unable to read dicom", NO, "here it reads as DICOM, so ask the XNAT admin whether the "
+            "server's disk is full; if not, copy that file again from its source"),
+    Meaning("contains no sop", NO, "copy that file again from its source, then run again"),
     # What XNAT refuses to archive (PrearcSessionArchiver).
-    Meaning("duplicated sop instance", REFUSED, "XNAT has an image of it twice: delete the session "
-            "in XNAT's prearchive, then run again"),
-    Meaning("non-parsable", REFUSED, "an import that broke off left a half file there: delete the "
+    Meaning("duplicated sop instance", NO, "XNAT has an image of it twice: delete the session in "
+            "XNAT's prearchive, then run again"),
+    Meaning("non-parsable", NO, "an import that broke off left a half file there: delete the "
             "session in XNAT's prearchive, then run again"),
-    Meaning("same uid, but a different number", REFUSED, "XNAT has this series under another "
-            "number: ask the XNAT admin to delete that scan, and the session in the prearchive, "
-            "then run again"),
-    Meaning("modality", REFUSED, "XNAT has a session of another modality under this label: rename "
+    Meaning("same uid, but a different number", NO, "XNAT has this series under another number: "
+            "ask the XNAT admin to delete that scan, and the session in the prearchive, then run "
+            "again"),
+    Meaning("modality", NO, "XNAT has a session of another modality under this label: rename the "
+            "folder"),
+    Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the session "
+            "in the prearchive, then run again; if they are newer here, --overwrite-files replaces "
+            "XNAT's"),
+    Meaning("another subject|session subject", NO, "the label belongs to another subject: rename "
             "the folder"),
-    Meaning("matching files|same resources", REFUSED, "XNAT has some of these images: delete the "
-            "session in the prearchive, then run again; if they are newer here, --overwrite-files "
-            "replaces XNAT's"),
-    Meaning("another subject|session subject", REFUSED,
-            "the label belongs to another subject: rename the folder"),
-    Meaning("session uid", REFUSED, "XNAT has another study under this label: rename the folder"),
-    Meaning("timeout interval", "XNAT is still at work on it", "run again later"),
-    Meaning("HTTP 5", REFUSED, "run again later; if it stays, ask the XNAT admin"),
-    Meaning("", REFUSED, "look at the session in XNAT's prearchive"),
+    Meaning("session uid", NO, "XNAT has another study under this label: rename the folder"),
+    Meaning("timeout interval", "XNAT is still at work on it", LATER),
+    Meaning("HTTP 5", NO, "run again later; if it stays, ask the XNAT admin"),
+    Meaning("", NO, "look at the session in XNAT's prearchive"),
 )
 
 
@@ -1597,7 +1510,8 @@ def refusal(settings: Settings, answer: Answer) -> str:
     """Why the server does not let us in: one sentence with the remedy."""
     user, target = settings.user, answer.location
     if answer.code:
-        why = f"{meaning_of(answer).words(answer)}: {meaning_of(answer).to_do}"
+        meaning = meaning_of(answer)
+        why = f"{meaning.means} ({answer.evidence}): {meaning.to_do}"
     elif answer.status == 401 or "Login" in target:
         why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS (20 wrong "
                "ones lock the account for an hour; too many open sessions look the same)")
@@ -1633,25 +1547,17 @@ class Scan(NamedTuple):
     files: int  # DICOM files, counted by the server
 
 
-class Place(NamedTuple):
-    """Where the server has a session before this run adds to it."""
-
-    archived: str = ""  # its path in the archive
-    waiting: Tuple[Row, ...] = ()  # its rows in the prearchive
-
-
 class Xnat(Curl):
     """A server, one login and one project on it."""
 
     def __init__(self, settings: Settings, programs: Programs, teller: Teller) -> None:
         super().__init__(settings, programs, teller)
         self.project = settings.project
-        self.project_path = f"/data/projects/{quote(settings.project, safe='')}"
         self.version = ""
         self.replaces = settings.overwrite_files  # whether XNAT replaces files it has
         # By label; None where the server does not tell this user.
         self._archive: Optional[Dict[str, Row]] = None
-        self._prearchive: Optional[Dict[str, List[Row]]] = None
+        self._prearchive: Dict[str, List[Row]] = defaultdict(list)
         self._subjects: Dict[str, str] = {}  # labels as XNAT has them, by those in lower case
 
     # The server, once
@@ -1665,30 +1571,30 @@ class Xnat(Curl):
         answer = self.ask("POST", "/data/JSESSION", seconds=60)
         if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(refusal(self.settings, answer))
-        self.cookie = answer.body.strip()
-        try:
-            self.project = self._find_project()
-        except Trouble as trouble:
-            raise Stop(f"project {self.settings.project}: {trouble}")
-        self.project_path = f"/data/projects/{quote(self.project, safe='')}"
-
-    def _find_project(self) -> str:
-        """The project's own ID (an alias may have been given), if this user may add to it."""
-        wanted, user = self.settings.project, self.settings.user
-        found = self.get(self.project_path)
-        if found is None:
-            raise Stop(f"project {wanted}: not on this XNAT, or {user} cannot see it: check its ID")
-        try:
-            project = str(found["items"][0]["data_fields"]["ID"])
-        except (KeyError, IndexError, TypeError):
-            raise Trouble("the server does not tell its ID", "check that this is XNAT's own address")
+        self.cookie, wanted, user = answer.body.strip(), self.project, self.settings.user
         query = {"permissions": "edit", "dataType": "xnat:subjectData"}
-        if project not in [row.get("id") for row in self.rows("/data/projects", query) or []]:
+        try:
+            found = self.get(self.path())
+            if found is None:
+                raise Stop(f"project {wanted}: not on this XNAT, or {user} cannot see it: check its "
+                           "ID")
+            self.project = str(found["items"][0]["data_fields"]["ID"])  # an alias may be given
+            rows = self.rows("/data/projects", query) or []
+        except Trouble as trouble:
+            raise Stop(f"project {wanted}: {trouble}")
+        except (KeyError, IndexError, TypeError):
+            raise Stop(f"project {wanted}: the server does not tell its ID: is this XNAT's own "
+                       "address?")
+        if self.project not in [row.get("id") for row in rows]:
             raise Stop(f"project {wanted}: {user} can see it but not add to it: ask its owner to "
                        f"make {user} a member")
-        return project
 
-    def look_around(self, sessions: Iterable[Session]) -> None:
+    def path(self, *more: str) -> str:
+        """The project's path, or that of something in it."""
+        return "/".join(["/data/projects", *(quote(each, safe="") for each in
+                                             (self.project, *more))])
+
+    def look_around(self, sessions: Sequence[Session]) -> None:
         """What archive and prearchive hold under our labels, once for the whole project.
 
         Not every server tells this to every user; sessions are then asked for one by one.
@@ -1696,32 +1602,27 @@ class Xnat(Curl):
         labels = {session.label for session in sessions}
         ours = {session.subject_label.lower() for session in sessions}
         info, code, archive, prearchive = (answer.json() for answer in self.ask_once(
-            BUILD_INFO, f"{self.project_path}/prearchive_code", self._archive_listing(),
-            f"/data/prearchive/projects/{quote(self.project, safe='')}?format=json"))
+            BUILD_INFO, self.path("prearchive_code"), self._listing(), self._waiting_listing()))
         # Without a version the series of a session go one by one.
         self.version = str(info.get("version", "")) if isinstance(info, dict) else ""
         self.replaces |= code == 5  # PrearchiveCode.AutoArchiveOverwrite
-        self._take_archive(table(archive), labels, ours)
-        rows = table(prearchive)
-        if rows is not None:
-            self._prearchive = defaultdict(list)
-            for row in rows:
-                if row.get("name") in labels:
-                    self._prearchive[row["name"]].append(row)
+        rows = table(archive)
+        self._archive = None if rows is None else {
+            row["label"]: row for row in rows if row.get("label") in labels}
+        for row in rows or []:  # XNAT finds subjects without regard to case
+            if row.get("subject_label", "").lower() in ours:
+                self._subjects[row["subject_label"].lower()] = row["subject_label"]
+        for row in table(prearchive) or []:
+            if row.get("name") in labels:
+                self._prearchive[row["name"]].append(row)
 
-    def _archive_listing(self) -> str:
+    def _listing(self) -> str:
         return "/data/experiments?" + urlencode({
             "project": self.project, "xsiType": "xnat:imageSessionData",
             "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
 
-    def _take_archive(self, rows: Optional[List[Row]], labels: Set[str], ours: Set[str]) -> None:
-        self._archive = None if rows is None else {}
-        for row in rows or []:
-            subject, label = row.get("subject_label", ""), row.get("label", "")
-            if subject.lower() in ours:  # XNAT finds subjects without regard to case
-                self._subjects[subject.lower()] = subject
-            if label in labels and self._archive is not None:
-                self._archive[label] = row
+    def _waiting_listing(self) -> str:
+        return self.path().replace("/data/", "/data/prearchive/", 1) + "?format=json"
 
     def takes_side_by_side(self) -> bool:
         """Whether series of one session may go at the same time: since 1.8.8 (XNAT-7535)."""
@@ -1739,40 +1640,40 @@ class Xnat(Curl):
         if self._archive is not None:
             return self._archive.get(session.label)
         found = self.get(self.archive_path(session))  # no listing: ask for this one
-        try:
-            fields_ = found["items"][0]["data_fields"]
-            return {"uid": str(fields_.get("UID") or "")}
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return None if found is None else {}
+        with suppress(KeyError, IndexError, TypeError, AttributeError):
+            return {"uid": str(found["items"][0]["data_fields"].get("UID") or "")}
+        return None if found is None else {}
 
     def archive_path(self, session: Session) -> str:
         row = (self._archive or {}).get(session.label, {})
         subject = row.get("subject_label") or self._subjects.get(
             session.subject_label.lower(), session.subject_label)
-        return f"{self.project_path}/subjects/{quote(subject, safe='')}/experiments/{session.label}"
+        return self.path("subjects", subject, "experiments", session.label)
 
-    def waiting(self, session: Session) -> List[Row]:
-        """What the prearchive holds under a session's label."""
-        return list((self._prearchive or {}).get(session.label, []))
+    def waiting(self, session: Session) -> List[str]:
+        """Addresses in the prearchive under a session's label."""
+        return [address_of(row) for row in self._prearchive.get(session.label, [])]
 
-    def find(self, session: Session, study: str, known: bool) -> Place:
-        """Where the server has a session. Raises Trouble if the label holds something else.
+    def check_label(self, session: Session, study: str, known: bool) -> None:
+        """Raises Trouble if XNAT has something else under this session's label.
 
-        `known` says that an earlier run brought it there: scripts of the site may have changed
+        `known` says that an earlier run brought it there: a script of the site may have changed
         its Study UID since.
         """
-        row = self.archived(session)
-        waiting = self.waiting(session)
-        for where, found, subject, uid in [("archive", row or {}, "subject_label", "uid")] + [
-                ("prearchive", each, "subject", "tag") for each in waiting]:
-            other, theirs = found.get(subject, ""), found.get(uid, "")
-            if other and other.lower() != session.subject_label.lower():
-                raise Trouble(f"XNAT's {where} has {session.label} under subject {other}, here it "
+        waiting = self._prearchive.get(session.label, [])
+        still = [row for row in waiting if self.status(address_of(row))]
+        if len(still) < len(waiting):  # an earlier commit has archived it since the meeting
+            self._look_again(session, still)
+        rows = [("archive", row.get("subject_label", ""), row.get("uid", ""))
+                for row in [self.archived(session) or {}]]
+        rows += [("prearchive", row.get("subject", ""), row.get("tag", "")) for row in still]
+        for where, subject, uid in rows:
+            if subject and subject.lower() != session.subject_label.lower():
+                raise Trouble(f"XNAT's {where} has {session.label} under subject {subject}, here it "
                               f"is subject {session.subject_label}", "rename the folder")
-            if theirs and study and theirs != study and not known:
+            if uid and study and uid != study and not known:
                 raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
-                              f"(there {theirs}, here {study})", "rename the session folder")
-        return Place("" if row is None else self.archive_path(session), tuple(waiting))
+                              f"(there {uid}, here {study})", "rename the session folder")
 
     def holds(self, path: str) -> Optional[List[Scan]]:
         """The scans of a session at `path`, None if it is not there.
@@ -1786,8 +1687,8 @@ class Xnat(Curl):
         first, second = self.ask_once(*urls)
         if first.status not in (200, 404):
             first, meaning, _ = self.ask_until(path, lambda: self.ask_once(urls[0])[0])
-            if first.status not in (200, 404):
-                raise Trouble(f"{path} cannot be read: {meaning.words(first)}", meaning.to_do)
+        if first.status not in (200, 404):
+            raise Trouble(f"{path} cannot be read ({first.evidence})", meaning.to_do)
         uids = scan_uids(first)
         if uids is None:
             return None
@@ -1811,22 +1712,21 @@ class Xnat(Curl):
 
     def status(self, address: str) -> str:
         """Status of a prearchive session once nothing works on it; '' if it is not there."""
-        for wait_ in (1.0, 2.0, 5.0, 10.0) + (30.0,) * 60:
+        for pause in (1.0, 2.0, 5.0, 10.0) + (30.0,) * 60:
             rows = self.rows(address)
             status = rows[0].get("status", "") if rows else ""
             # _BUILDING, ARCHIVING, QUEUED_ARCHIVING, MOVING ...: nobody may touch it (LockAndSync)
             if not status.startswith("_") and (not status.endswith("ING") or status == "RECEIVING"):
                 return status
-            if wait_ == 2.0:
+            if pause == 2.0:
                 self.teller.say(f"{address}: XNAT is at work on it ({status}): waiting")
-            self.programs.pause(wait_)
-        raise Trouble(f"XNAT is still at work on it ({address} is {status})", "run again later")
+            self.programs.pause(pause)
+        raise Trouble(f"XNAT is still at work on it ({address} is {status})", LATER)
 
     def leftovers(self, sessions: List[Session]) -> List[str]:
         """Addresses in the prearchive beside sessions that are archived, with their status."""
         labels = {session.label for session in sessions}
-        rows = table(self.ask_once(
-            f"/data/prearchive/projects/{quote(self.project, safe='')}?format=json")[0].json())
+        rows = table(self.ask_once(self._waiting_listing())[0].json()) if labels else []
         return [f"{address_of(row)} ({row.get('status', '')})" for row in rows or []
                 if row.get("name") in labels]
 
@@ -1836,8 +1736,8 @@ class Xnat(Curl):
              moved: Callable[[float], None]) -> str:
         """POST a zip of so many files until it is sent, refused or out of tries; its address.
 
-        Raises Trouble unless XNAT answers with an address in our project and session: it says 200
-        too when it kept nothing, or put it elsewhere (DicomZipImporter).
+        Raises Trouble unless XNAT answers with an address in our project and session, Misplaced
+        if it is another project: it says 200 too when it kept nothing (DicomZipImporter).
         """
         query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
                  "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
@@ -1847,20 +1747,16 @@ class Xnat(Curl):
             f"{session.label} {series.name}", lambda: self.ask(
                 "POST", "/data/services/import", query, zipped, moved=moved), files)
         series.tries, series.http = series.tries + tries, answer.status
+        addresses, what = sorted(set(answer.body.split())), answer.evidence
+        if answer.status in (413, 504):  # a proxy's limits: how big was it?
+            what += f", for a zip of {size(os.path.getsize(zipped))} with {plural(files, 'file')}"
         if answer.status != 200:
-            what = answer.evidence
-            if answer.status in (413, 504):  # a proxy's limits: how big was it?
-                what += f", for a zip of {size(os.path.getsize(zipped))} with {plural(files, 'file')}"
             raise Trouble(f"{meaning.means} ({what})", meaning.to_do, refused=True)
         if answer.is_html:
-            raise Trouble("a web page came instead of an answer", "check that this is XNAT's own "
-                          "address")
-        return self._address(answer, session, series)
-
-    def _address(self, answer: Answer, session: Session, series: Series) -> str:
-        """Where XNAT put a part. Raises Trouble unless that is our session, Misplaced if it is
-        another project."""
-        addresses = sorted(set(answer.body.split()))
+            raise Trouble("a web page came instead of an answer", "is this XNAT's own address?")
+        if not addresses:
+            raise Trouble("XNAT kept none of these files (empty answer)", "ask the project's owner "
+                          "about import filters and anonymization scripts", refused=True)
         for address in addresses:
             found = ADDRESS.search(address)
             if not found:
@@ -1869,14 +1765,9 @@ class Xnat(Curl):
                 raise Misplaced(f"project {self.project}: XNAT put {session.label} {series.name} "
                                 f"into project {found[1]} ({address}): do not run again, have it "
                                 "deleted there, and ask the XNAT admin")
-            if found[2] != session.label:
-                raise Trouble(f"XNAT put it into another session ({address})", "look there")
-        if not addresses:
-            raise Trouble("XNAT kept none of these files (empty answer)", "ask the project's owner "
-                          "about import filters and anonymization scripts", refused=True)
-        if len(addresses) > 1:
-            raise Trouble(f"XNAT made several sessions of it ({', '.join(addresses)})",
-                          "look at them in the prearchive, and ask the XNAT admin")
+            if found[2] != session.label or len(addresses) > 1:
+                raise Trouble(f"XNAT put it into another session ({', '.join(addresses)})",
+                              "look there, and ask the XNAT admin")
         return addresses[0][addresses[0].index("/data/"):]
 
     # A whole session
@@ -1894,10 +1785,11 @@ class Xnat(Curl):
         Once: after an answer that was lost it looks what has become of it. Raises Trouble.
         """
         query = {"action": "build" if self.settings.review else "commit"}
-        if self.settings.overwrite_files and not self.settings.review:
+        if self.settings.overwrite_files:
             query["overwrite_files"] = "true"
         for tries in itertools.count(1):
             answer = self.ask("POST", address, query)
+            meaning = meaning_of(answer)
             found = re.search(r"/data/archive(/projects/\S+)", answer.body)
             if answer.status == 301 and found:  # the subject's label may differ in case
                 return "/data" + found[1]
@@ -1905,39 +1797,35 @@ class Xnat(Curl):
                 return address
             if answer.status != 301:
                 self.check_login(answer)
-            # Refused, or the answer was lost on the way while XNAT went on: look.
-            meaning = meaning_of(answer)
+            # Refused, or the answer was lost on the way while XNAT went on: look. READY may mean
+            # that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
-            status = self._after(address, lost)
+            status = self.status(address)
+            for pause in (1.0, 3.0, 6.0):
+                if lost and status == "READY":
+                    self.programs.pause(pause)
+                    status = self.status(address)
             if not status:
                 return self._gone(session, address)
-            again = lost and status in ("RECEIVING", "READY", "CONFLICT", "ERROR")
-            if not again or tries > self.settings.retries:
+            if not lost or tries > self.settings.retries:
                 break
             self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
         if meaning.heals:  # XNAT keeps the reason
             answer = self.ask("GET", address + "/logs/last")
-            meaning = meaning_of(answer)
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
-                      meaning.to_do, refused=True)
+                      meaning_of(answer).to_do, refused=True)
 
-    def _after(self, address: str, lost: bool) -> str:
-        """Status after a commit. READY may mean that archiving is queued: it is looked at again
-        for a while."""
-        status = self.status(address)
-        for wait_ in (1.0, 3.0, 6.0) if lost else ():
-            if status != "READY":
-                break
-            self.programs.pause(wait_)
-            status = self.status(address)
-        return status
+    def _look_again(self, session: Session, waiting: List[Row]) -> None:
+        """Something of a session has left the prearchive: has it come into the archive?"""
+        self._prearchive[session.label] = waiting
+        rows = table(self.ask_once(self._listing())[0].json())
+        if self._archive is not None:  # the subject's label may differ in case
+            self._archive.update({row["label"]: row for row in rows or []
+                                  if row.get("label") == session.label})
 
     def _gone(self, session: Session, address: str) -> str:
         """Where a session is that left the prearchive by a commit whose answer was lost."""
-        if self._archive is not None:
-            rows = table(self.ask_once(self._archive_listing())[0].json())
-            self._archive.update({row.get("label", ""): row for row in rows or []
-                                  if row.get("label") == session.label})
+        self._look_again(session, [])
         path = self.archive_path(session)
         if self.holds(path) is None:
             raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive does not "
@@ -1946,18 +1834,14 @@ class Xnat(Curl):
 
 
 def scan_uids(answer: Answer) -> Optional[Dict[str, str]]:
-    """IDs and Series UIDs of a session's scans: a listing, or the XML of a prearchive session."""
-    if answer.status != 200:
-        return None
+    """Series UIDs of a session's scans by ID: of a listing, or of a prearchive session's XML."""
     rows = table(answer.json())
     if rows is not None:
         return {row.get("id", ""): row.get("uid", "") for row in rows}
-    uids = {}
-    for scan in re.findall(r"<(?:\w+:)?scan\s([^>]*)>", answer.body):
-        found = dict(re.findall(r'\b(ID|UID)="([^"]*)"', scan))
-        if "ID" in found:
-            uids[html.unescape(found["ID"])] = found.get("UID", "")
-    return uids
+    scans = [dict(re.findall(r'\b(ID|UID)="([^"]*)"', scan))
+             for scan in re.findall(r"<(?:\w+:)?scan\s([^>]*)>", answer.body)]
+    return {html.unescape(scan["ID"]): scan.get("UID", "") for scan in scans if "ID" in scan
+            } if answer.status == 200 else None
 
 
 def address_of(row: Row) -> str:
@@ -1979,7 +1863,7 @@ class Memory:
 
     # On its way: series, first and last name, fingerprint and address of each part that is sent.
     parts: List[Dict[str, str]] = field(default_factory=list)
-    ended: str = ""  # archived or prearchived
+    ended: str = ""  # archived, prearchived, nothing to send
     path: str = ""  # where that was counted
     files: int = 0  # so many
     whole: bool = False  # nothing was wrong with it
@@ -1996,21 +1880,25 @@ class Memory:
             each.name: each.listing for each in series if not each.status} == {
             name: known[0] for name, known in self.series.items()}
 
-    def sent(self, series: Series, address: str = "") -> Set[Tuple[str, str]]:
-        """Which images of a series, as they are now, were sent, at all or to `address`."""
-        found: Set[Tuple[str, str]] = set()
+    def sent(self, series: Series) -> List[File]:
+        """Images of a series, as they are now, that were sent to `address`."""
+        found: List[File] = []
         for part in self.parts:
-            if part["series"] == series.name and address in ("", part["address"]):
-                images = [each for each in series.images
-                          if part["first"] <= each.file.name <= part["last"]]
-                if part_fingerprint(images) == part["files"]:
-                    found |= {each.key for each in images}
+            images = [each for each in series.images if part["first"] <= each.name <= part["last"]]
+            if (part["series"], part["address"], part["files"]) == (
+                    series.name, self.address, part_fingerprint(images)):
+                found += images
         return found
 
 
-def part_fingerprint(images: List[Image]) -> str:
-    return fingerprint(f"{each.file.name} {each.file.bytes} {each.file.time_ns} {each.sop}"
-                       for each in images)
+def part_fingerprint(images: List[File]) -> str:
+    return fingerprint(f"{each.name} {each.bytes} {each.time_ns} {each.sop}" for each in images)
+
+
+def images_fingerprint(images: List[File], by_crc: bool) -> str:
+    """What images are: UIDs, sizes and, where they are known, CRC-32s."""
+    return fingerprint(sorted(f"{each.sop} {each.bytes} {each.crc if by_crc else ''}"
+                              for each in images))
 
 
 class Ledger:
@@ -2020,24 +1908,28 @@ class Ledger:
     """
 
     def __init__(self, settings: Settings, project: str) -> None:
-        """Raises Stop(3) if it cannot be used. In a dry run nothing of it counts but exclusions."""
+        """Raises Stop(3) if it cannot be used. A dry run only reads it, if it is there."""
         self.path = os.path.join(os.path.abspath(settings.workdir), "dicomUpload.ledger")
         self.exclusions: Set[str] = set()  # of earlier runs
         self._where = {"v": 2, "server": settings.url, "project": project}
         self._ended: Dict[Tuple[str, str], int] = {}  # where in the file
-        self._parts: Dict[Tuple[str, str], List[Dict[str, str]]] = {}
+        self._root = os.path.realpath(settings.rootdir)
+        self.from_here: Set[str] = set()  # labels of sessions that came from this ROOTDIR
+        self._parts: Dict[Tuple[str, str], List[Dict[str, str]]] = defaultdict(list)
         self._lock = threading.Lock()
-        self._end = 0
-        if settings.dry_run and not os.path.exists(self.path):
-            self._file = os.open(os.devnull, os.O_RDONLY)
-            return
+        self._end, raw = 0, b"\n"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         try:
-            flags = os.O_RDONLY if settings.dry_run else os.O_RDWR | os.O_CREAT | os.O_APPEND
+            if settings.dry_run:
+                flags = os.O_RDONLY
+                self.path = self.path if os.path.exists(self.path) else os.devnull
             self._file = os.open(self.path, flags, 0o600)
             with open(self.path, "rb") as lines:
-                raw = b"\n"
                 for raw in lines:
-                    self._read(raw)
+                    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                        line = json.loads(raw)  # torn, or of another version: the server is asked
+                        if all(line[key] == value for key, value in self._where.items()):
+                            self._take(line, self._end)
                     self._end += len(raw)
             if not raw.endswith(b"\n") and not settings.dry_run:
                 self._write(b"\n")
@@ -2045,62 +1937,52 @@ class Ledger:
             raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, or delete "
                        "it (the server is then asked what it has)")
 
-    def _read(self, raw: bytes) -> None:
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            line = json.loads(raw)  # torn, or of another version: the server is asked
-            if all(line[key] == value for key, value in self._where.items()):
-                self._take(line, self._end)
-
     def _take(self, line: Dict[str, Any], at: int) -> None:
         if line["event"] == "exclude":
-            self.exclusions |= set(line["names"])
+            self.exclusions = set(map(str, line["names"]))
             return
         key = line["subject"], line["session"]
         if line["event"] == "sent":
-            part = {name: str(line[name])
-                    for name in ("series", "first", "last", "files", "address")}
-            self._parts.setdefault(key, []).append(part)
+            names = "series", "first", "last", "files", "address"
+            self._parts[key].append({name: str(line[name]) for name in names})
         else:
             self._parts.pop(key, None)
-            if line["event"] == "ended":
-                self._ended[key] = at
+            self._ended[key] = at
+            if line.get("root") == self._root:
+                self.from_here.add(line["session"])
 
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
-        key = session.subject_label, session.label
-        memory = Memory()
-        with self._lock:
-            if key in self._ended:
-                with suppress(ValueError, KeyError, TypeError, OSError):
-                    memory = self._recall(self._ended[key])
+        key, memory = (session.subject_label, session.label), Memory()
+        with self._lock, suppress(ValueError, KeyError, TypeError, IndexError, OSError):
             memory.parts = list(self._parts.get(key, []))
+            if key in self._ended:
+                with open(self.path, "rb") as lines:
+                    lines.seek(self._ended[key])
+                    line = json.loads(lines.readline())
+                memory.series = {str(name): (str(known[0]), str(known[1]), int(known[2]),
+                                             bool(known[3]))
+                                 for name, known in line["series"].items()}
+                memory.path, memory.files = str(line["path"]), int(line["files"])
+                memory.ended, memory.whole = str(line["where"]), bool(line["whole"])
         return memory
-
-    def _recall(self, at: int) -> Memory:
-        with open(self.path, "rb") as lines:
-            lines.seek(at)
-            line = json.loads(lines.readline())
-        series = {str(name): (str(known[0]), str(known[1]), int(known[2]), bool(known[3]))
-                  for name, known in line["series"].items()}
-        return Memory([], line["where"], line["path"], int(line["files"]), bool(line["whole"]),
-                      series)
 
     def add(self, session: Session, event: str, **more: Any) -> None:
         """Write an event down and sync it. Raises Stop(3) if that fails."""
-        self._add(dict(self._where, at=now(), subject=session.subject_label, session=session.label,
-                       event=event, **more))
+        self._add(event, subject=session.subject_label, session=session.label, root=self._root,
+                  **more)
 
-    def exclude(self, names: Iterable[str]) -> None:
-        """Remember the exclusions of this run."""
-        if set(names) - self.exclusions:
-            self._add(dict(self._where, at=now(), event="exclude", names=sorted(names)))
+    def exclude(self, names: Set[str]) -> None:
+        """Remember these exclusions in place of those of earlier runs."""
+        if names != self.exclusions:
+            self._add("exclude", names=sorted(names))
 
-    def _add(self, line: Dict[str, Any]) -> None:
-        raw = json.dumps(line).encode() + b"\n"
+    def _add(self, event: str, **more: Any) -> None:
+        line = dict(self._where, at=now(), event=event, **more)
         try:
             with self._lock:
                 at = self._end
-                self._write(raw)
+                self._write(json.dumps(line).encode() + b"\n")
                 self._take(line, at)
         except OSError as error:
             raise Stop(f"ledger {self.path}: cannot be written ({error.strerror}): make room, then "
@@ -2120,48 +2002,20 @@ class Ledger:
 # ---- upload --------------------------------------------------------------------------------
 
 
-class Part:
-    """Up to --max-files images of one series: one zip, one POST.
+class Part(NamedTuple):
+    """Up to --max-files images of one series: one zip, one POST."""
 
-    It takes room on the disk after the part before it, and is posted after that one is sent.
-    (Else one that waits could keep the room from the one that it waits for.)
-    """
-
-    def __init__(self, series: Series, images: List[Image], before: Optional[Part]) -> None:
-        self.series = series
-        self.files = [image.file for image in images]
-        self.fingerprint = part_fingerprint(images)
-        self.before = before
-        self.has_room = threading.Event()
-        self.over = threading.Event()
-        self.address = ""  # where it was sent
-
-    def end(self) -> None:
-        self.before = None
-        self.has_room.set()
-        self.over.set()
+    series: Series
+    files: List[File]
 
 
-class Sent:
+class Way:
     """Where one session's parts go."""
 
     def __init__(self, session: Session, address: str) -> None:
         self.session = session
-        self.address = address  # '' until the answer to the first part has made the session
-        self._opening = threading.Lock()
-
-    @contextmanager
-    def turn(self, side_by_side: bool) -> Iterator[None]:
-        """One part alone until the session is made, then all that come."""
-        self._opening.acquire()
-        alone = not (side_by_side and self.address)
-        if not alone:
-            self._opening.release()
-        try:
-            yield
-        finally:
-            if alone:
-                self._opening.release()
+        self.address = address  # '' until the answer to a first part has made the session
+        self.answered = threading.Event()
 
 
 class Upload:
@@ -2181,30 +2035,46 @@ class Upload:
         self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
         self.whole: List[Session] = []  # archived, now or before
         self.largest: List[int] = []  # bytes of the largest zips that a dry run foresees
+        self.stop: Optional[Stop] = None  # why a thread stopped the run
         self._refused: List[str] = []  # the words of the last refusals, while they are alike
         self._lock = threading.Lock()
         # While as many sessions as may be posted are on the line, as many are read and packed.
-        self.sessions_at_a_time = 1 if settings.procs == 1 else 2 * settings.procs
-        self.parts = ThreadPoolExecutor(2 * settings.procs)  # each has one zip at most
+        self.at_a_time = 1 if settings.procs == 1 else 2 * settings.procs
+        self.lanes = ThreadPoolExecutor(2 * settings.procs)
+        self.packers = ThreadPoolExecutor(2 * settings.procs)
+        self.zips = threading.Semaphore(2 * settings.procs)  # on the disk
         self.slots = threading.Semaphore(settings.procs)  # uploads and commits side by side
 
     def go(self) -> None:
         """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
-        pool = ThreadPoolExecutor(self.sessions_at_a_time)
+        pool = ThreadPoolExecutor(self.at_a_time)
         try:
-            jobs = {pool.submit(self._work) for _ in range(self.sessions_at_a_time)}
+            jobs = {pool.submit(self._guard, self._work) for _ in range(self.at_a_time)}
             while jobs:
                 done, jobs = wait(jobs, timeout=0.25, return_when=FIRST_EXCEPTION)
-                for job in sorted(done, key=lambda job: isinstance(job.exception(), Stopping)):
+                for job in done:
                     job.result()
                 self.teller.check()
                 self.teller.progress()
-        except BaseException:
+        except BaseException as end:
+            self.xnat.programs.stop()
+            if isinstance(end, RuntimeError):  # of threads or memory
+                raise Stop(f"this system starts no more threads ({end}): lower --procs")
+            raise self.stop if self.stop and isinstance(end, Stopping) else end
+        finally:
+            for each in (pool, self.lanes, self.packers):
+                each.shutdown()
+
+    def _guard(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Work in a thread of its own: what stops it stops the run, at once."""
+        try:
+            return work(*given)
+        except BaseException as end:
+            with self._lock:
+                if isinstance(end, Stop) and not isinstance(end, Stopping):
+                    self.stop = self.stop or end
             self.xnat.programs.stop()
             raise
-        finally:
-            pool.shutdown()
-            self.parts.shutdown()
 
     def _work(self) -> None:
         """One session after another, while there are any."""
@@ -2220,83 +2090,62 @@ class Upload:
                 outcome.trouble = trouble
             except OSError as error:
                 outcome.trouble = unreadable(str(error.filename or "the system"), error)
-            self._over(outcome)
-
-    def _over(self, outcome: Outcome) -> None:
-        with self._lock:
-            del self.active[outcome.session.path]
-            if outcome.where == "archived":
-                self.whole.append(outcome.session)
-        self.teller.session(outcome)
-        self._count_refusals(outcome)
+            with self._lock:
+                del self.active[session.path]
+                self.whole += [session] if outcome.where == "archived" else []
+            self.teller.session(outcome)
+            self._count_refusals(outcome)
 
     def _count_refusals(self, outcome: Outcome) -> None:
         """Raises Stop when the server refuses one session after another with the same words."""
         troubles = [outcome.trouble] + [each for series in outcome.series
                                         for each in series.problems]
-        refused = [each for each in troubles if each and each.refused]
+        refused = [each.what for each in troubles if each and each.refused]
         with self._lock:
             if refused:
-                words = re.sub(r"\S*[\d_./]\S*", "", refused[0].what)
+                words = re.sub(r"\S*[\d_./]\S*", "", refused[0])  # names and numbers differ
                 self._refused = [each for each in self._refused if each == words] + [words]
             elif outcome.where in ("archived", "prearchived") and not outcome.earlier:
                 self._refused = []
             if len(self._refused) >= self.ALIKE:
-                raise Stop(f"{self.settings.url}: the server refuses everything "
-                           f"({len(self._refused)} sessions in a row; the last: "
-                           f"{refused[0].what if refused else ''}): ask the XNAT admin (is its disk "
-                           "full?), then run again")
+                raise Stop(f"{self.settings.url}: the server refuses everything ({self.ALIKE} "
+                           f"sessions in a row; the last: {refused[0]}): ask the XNAT admin (is its "
+                           "disk full?), then run again")
 
     # One session
 
     def one_session(self, outcome: Outcome) -> None:
         """The whole way of one session, from its folder to the archive. Raises Trouble, Stop."""
-        session, xnat = outcome.session, self.xnat
-        outcome.series = series = list_session(session, self.settings)
-        remembered = self.ledger.of(session)
-        if not self.settings.dry_run and not self.settings.again and self._is_known(
-                outcome, remembered):
+        session, settings, xnat = outcome.session, self.settings, self.xnat
+        outcome.series = series = list_session(session, settings)
+        known = self.ledger.of(session)
+        memory = Memory() if settings.again or settings.dry_run else known
+        if self._is_known(outcome, memory):
             return
         with self.teller.at_work(f"reading {session.label}"):
             read_session(series, self.teller.has_read)
-        if not any(each.images for each in series):
-            outcome.where = "nothing to send"
-            if not self.settings.dry_run:
-                self._note(outcome)
-            return
-        study = next((image.study for each in series for image in each.images), "")
-        place = xnat.find(session, study, bool(remembered.ended or remembered.parts))
-        memory = Memory() if self.settings.again else remembered
-        addresses = self._compare(outcome, memory, place)
+        images = [image for each in series for image in each.images]
+        addresses: List[str] = []
+        if images:
+            xnat.check_label(session, images[0].study, bool(known.ended or known.parts))
+            addresses = self._compare(outcome, images, memory)
         self.teller.plans(series)
-        if self.settings.dry_run:
-            self._foresee(outcome, bool(addresses))
+        if settings.dry_run:
+            self._foresee(outcome, addresses)
             return
-        addresses += self._send(session, series, addresses)
+        addresses = self._send(session, series, addresses)
         outcome.address = addresses[-1] if addresses else ""
+        outcome.where = "held back" if addresses else "failed"
         if any(each.problems for each in series):
-            outcome.where = "held back" if addresses else "failed"
             return
         if self._has_changed(outcome):
-            outcome.where = "held back" if addresses else "failed"
             raise Trouble("its folder changed while it was sent", "run again when it is still")
-        for address in dict.fromkeys(addresses):
-            outcome.where = "not archived"
+        outcome.where = "not archived"
+        for address in addresses:
             with self.slots, self.teller.at_work(f"archiving {session.label}"):
                 outcome.address = xnat.commit(session, address)
-        self._verify(outcome, place, bool(addresses))
+        self._verify(outcome, images, bool(addresses))
         self._note(outcome)
-
-    def _foresee(self, outcome: Outcome, waiting: bool) -> None:
-        """How a real run would go on from here."""
-        missing = any(each.missing for each in outcome.series)
-        failed = any(each.problems for each in outcome.series)
-        outcome.where = ("failed" if failed else "to send" if missing or waiting else "there")
-        outcome.files = sum(each.there for each in outcome.series)
-        with self._lock:
-            self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
-                zip_room([image.file for image in images])
-                for _, images in self._cut(outcome.series, False)])
 
     def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
         """Whether an earlier run has verified this very folder, and XNAT still has it.
@@ -2307,13 +2156,13 @@ class Upload:
         session, xnat = outcome.session, self.xnat
         if not memory.is_same(outcome.series):
             return False
-        archived = xnat.archived(session) is not None
-        if memory.ended == "prearchived" and memory.path not in map(address_of,
-                                                                    xnat.waiting(session)):
-            if not archived and not xnat.status(memory.path):
+        archived = memory.ended != "nothing to send" and xnat.archived(session) is not None
+        if memory.ended == "prearchived" and memory.path not in xnat.waiting(session):
+            if archived:  # its reviewer has archived it: count it there
+                return False
+            if not xnat.status(memory.path):
                 raise Trouble("it was left for review, and is neither in the prearchive nor in the "
                               "archive any more", anew(session))
-            return not archived  # its reviewer has archived it: count it there
         if memory.ended == "archived" and not archived:
             raise Trouble("an earlier run saw it archived, and it is not there any more",
                           anew(session))
@@ -2324,6 +2173,17 @@ class Upload:
         outcome.address = memory.path
         return True
 
+    def _foresee(self, outcome: Outcome, addresses: List[str]) -> None:
+        """How a real run would go on from here."""
+        series = outcome.series
+        outcome.files = sum(each.there for each in series)
+        outcome.where = ("failed" if any(each.problems for each in series) else
+                         "to send" if addresses or any(each.missing for each in series) else
+                         "there" if outcome.files else "nothing to send")
+        with self._lock:
+            self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
+                zip_room(part.files) for part in self._cut(series, False)])
+
     def _has_changed(self, outcome: Outcome) -> bool:
         """Whether names, sizes or times in the session's folder are other than when it was read."""
         again = list_session(outcome.session, self.settings)
@@ -2332,264 +2192,255 @@ class Upload:
 
     # Compare
 
-    def _compare(self, outcome: Outcome, memory: Memory, place: Place) -> List[str]:
-        """Set what is missing of each series; the prearchive addresses that wait to be committed.
+    def _compare(self, outcome: Outcome, images: List[File], memory: Memory) -> List[str]:
+        """Find out which images are missing, and the prearchive addresses that wait for a commit.
 
         Raises Trouble where sending more could only make it worse.
         """
-        session, series = outcome.session, outcome.series
+        session, series, xnat = outcome.session, outcome.series, self.xnat
         if self.settings.again:
-            self._set_missing(series, {image.key for each in series for image in each.images})
             return []
-        held = (self.xnat.holds(place.archived) or []) if place.archived else []
-        uids = {image.series for each in series for image in each.images}
-        told = any(scan.uid in uids for scan in held)  # else a script may have changed the UIDs
-        missing = self._lacking(series, held)
-        self._check_deleted(outcome, memory, missing, told)
-        if not told and held and memory.ended:
-            for each in series:
-                if each.name in memory.series:
-                    missing -= {image.key for image in each.images}
-        missing |= self._changed(series, memory, missing)
-        addresses = []
-        here = [address_of(row) for row in place.waiting]
-        if memory.address:
-            at = memory.address
-            if at in here or self.xnat.status(at):
-                missing = {key for key in missing if key not in self._sent(series, memory, at)}
-                addresses = [at]
-            elif held and not told:  # a commit that was not noted, and UIDs that a script changed
-                missing -= self._sent(series, memory, at)
-            elif not held:
-                self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
-        elif here and (missing or not held):
-            missing = self._join(outcome, held, here, missing)
+        archived = xnat.archived(session) is not None
+        held = (xnat.holds(xnat.archive_path(session)) or []) if archived else []
+        told = bool({scan.uid for scan in held if scan.uid} & {image.series for image in images})
+        self._match(series, held)
+        for each in series:
+            self._recall(outcome, each, memory, archived, told)
+        addresses, here = [], xnat.waiting(session)
+        if memory.address in here or memory.address and xnat.status(memory.address):
+            addresses = [memory.address]
+        elif memory.address and not archived:
+            self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
+        elif here and not memory.address and (not archived or any(each.missing for each in series)):
+            self._join(outcome, held, here)
             addresses = here
-        self._set_missing(series, missing)
+        if addresses == [memory.address] or memory.address and archived and not told:
+            for image in itertools.chain.from_iterable(map(memory.sent, series)):
+                image.missing = False
+        for each in series:
+            each.there = sum(not image.missing for image in each.images)
+            if each.images and each.there == len(each.images):
+                each.status = "already there"
         return addresses
 
-    def _sent(self, series: List[Series], memory: Memory, address: str) -> Set[Tuple[str, str]]:
-        return {key for each in series for key in memory.sent(each, address)}
-
-    @staticmethod
-    def _set_missing(series: List[Series], missing: Set[Tuple[str, str]]) -> None:
-        for each in series:
-            each.missing = [image for image in each.images if image.key in missing]
-            each.there = len(each.images) - len(each.missing)
-            if each.images and not each.missing and not each.problems:
-                each.status = each.status or "already there"
-
-    def _lacking(self, series: List[Series], held: List[Scan]) -> Set[Tuple[str, str]]:
-        """What `held` lacks: by Series UID and count, and by names where it has a part."""
-        scans: Dict[str, List[Scan]] = defaultdict(list)
-        for scan in held:
-            scans[scan.uid].append(scan)
-        ours: Dict[str, List[Tuple[Series, Image]]] = defaultdict(list)
+    def _match(self, series: List[Series], held: List[Scan]) -> None:
+        """Mark what `held` has: by Series UID and count, and by names where it has a part."""
+        groups: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
         for each in series:
             for image in each.images:
-                ours[image.series].append((each, image))
-        lacking: Set[Tuple[str, str]] = set()
-        for uid, pairs in ours.items():
-            there = scans[uid] if uid else []
-            count = sum(scan.files for scan in there)
-            if not count:
-                lacking |= {image.key for _, image in pairs}
-            elif count < len(pairs):
-                absent = not_among([image for _, image in pairs],
-                                   [name for scan in there for name in self.xnat.names(scan)])
-                if absent is None:
-                    for each in {id(each): each for each, _ in pairs}.values():
-                        each.problems.append(Trouble(
-                            f"XNAT has {count} of its {plural(len(pairs), 'file')}, under other "
-                            "names: which are missing cannot be told", "add --overwrite-files "
-                            "--again, and --only with this session, to send all of it again"))
-                lacking |= {image.key for image in absent or ()}
-        return lacking
-
-    def _check_deleted(self, outcome: Outcome, memory: Memory, missing: Set[Tuple[str, str]],
-                       told: bool) -> None:
-        """A series that an earlier run saw archived and that is gone does not come back by itself."""
-        for each in outcome.series:
-            known = memory.series.get(each.name)
-            if (told and known and memory.ended == "archived" and each.images
-                    and all(image.key in missing for image in each.images)
-                    and known[1] == self._images(each, set(), known[3])):
-                each.problems.append(Trouble("an earlier run saw it archived, and it is not there "
-                                             "any more", anew(outcome.session)))
-
-    def _images(self, series: Series, absent: Set[Tuple[str, str]], by_crc: bool) -> str:
-        if by_crc:
-            for image in series.images:
-                if image.key not in absent:
-                    crc_of(series, image.file)
-        return series.fingerprint(absent, by_crc)
-
-    def _changed(self, series: List[Series], memory: Memory, missing: Set[Tuple[str, str]]
-                 ) -> Set[Tuple[str, str]]:
-        """Images that are not what an earlier run sent under their UIDs: by size and CRC-32, for
-        times alone are no change. Without --overwrite-files their series fails."""
-        changed: Set[Tuple[str, str]] = set()
-        for each in series:
-            listing, images, count, by_crc = memory.series.get(each.name, ("", "", 0, False))
-            there = [image for image in each.images if image.key not in missing]
-            # Where files were removed here, nothing can be said of the others.
-            if listing in ("", each.listing) or len(there) != count or not there:
-                continue
-            if self._images(each, missing, by_crc) != images:
-                if self.settings.overwrite_files:
-                    changed |= {image.key for image in each.images}
-                else:
+                groups[image.series].append((each, image))
+        for uid, pairs in groups.items():
+            scans = [scan for scan in held if uid and scan.uid == uid]
+            count, ours = sum(scan.files for scan in scans), [image for _, image in pairs]
+            absent: Optional[List[File]] = [] if count >= len(ours) else ours
+            if 0 < count < len(ours):
+                absent = not_among(ours, [name for scan in scans for name in self.xnat.names(scan)])
+            if absent is None:
+                for each in dict.fromkeys(each for each, _ in pairs):
                     each.problems.append(Trouble(
-                        "has changed since it was sent", "with --overwrite-files it replaces what "
-                        "XNAT has"))
-        return changed
+                        f"XNAT has {count} of its {plural(len(ours), 'file')}, under other names: "
+                        "which are missing cannot be told", "add --again --overwrite-files, and "
+                        "--only with this session, to send all of it again"))
+            for image in ours:
+                image.missing = image in (absent or ())
 
-    def _join(self, outcome: Outcome, held: List[Scan], here: List[str],
-              missing: Set[Tuple[str, str]]) -> Set[Tuple[str, str]]:
-        """What is still missing beside what waits in the prearchive, left there by a run whose
-        workdir is lost. Raises Trouble if a commit of that could only conflict."""
+    def _recall(self, outcome: Outcome, series: Series, memory: Memory, archived: bool, told: bool
+                ) -> None:
+        """Hold a series against what an earlier run has archived of it."""
+        listing, images, count, by_crc = memory.series.get(series.name, ("", "", 0, False))
+        if count and not (series.images or series.problems):
+            self.teller.say(f"{outcome.session.label} {series.name}: an earlier run sent "
+                            f"{plural(count, 'image')} from it, and it has none any more: see whether "
+                            "that is meant")
+        if not (count and archived and memory.ended == "archived" and series.images):
+            return
+        if not told:  # a script has changed the UIDs: what an earlier run verified is there
+            for image in series.images:
+                image.missing = False
+        there = [image for image in series.images if not image.missing]
+        same = listing == series.listing  # times alone are no change
+        # Where files were removed here, nothing can be said of the others.
+        if not same and len(there or series.images) == count:
+            for image in series.images if by_crc else ():
+                crc_of(series, image)
+            same = images_fingerprint(there or series.images, by_crc) == images
+        elif told:
+            same = True
+        if same and not there:
+            series.problems.append(Trouble("an earlier run saw it archived, and it is not there any "
+                                           "more", anew(outcome.session)))
+        elif not same and self.settings.overwrite_files:
+            for image in series.images:
+                image.missing = True
+        elif not same:
+            series.problems.append(Trouble("has changed since it was sent", "with --overwrite-files "
+                                           "it replaces what XNAT has"))
+
+    def _join(self, outcome: Outcome, held: List[Scan], here: List[str]) -> None:
+        """Mark what waits in the prearchive, left there by a run whose workdir is lost, or by
+        another tool. Raises Trouble if a commit of that could only conflict."""
+        xnat = self.xnat
+        waiting: List[Scan] = []
         for address in here:
-            status = self.xnat.status(address)
+            status = xnat.status(address)
             if status == "RECEIVING" and self.settings.dry_run:
                 self.teller.say(f"{outcome.session.label}: waits in the prearchive ({address}); what "
                                 "of it is there shows when it is sent")
                 continue
             if status == "RECEIVING":  # it tells what it has only once it is built
-                self.xnat.build(address)
-            waiting = self.xnat.holds(address) or []
-            if not self.xnat.replaces and self._overlap(held, waiting):
-                raise Trouble(f"the prearchive holds a copy of what is archived ({address}, "
-                              f"{status}), and what is missing would join it",
-                              "delete that copy in the prearchive, then run again")
-            missing = missing & self._lacking(outcome.series, held + waiting)
-        return missing
-
-    def _overlap(self, held: List[Scan], waiting: List[Scan]) -> bool:
-        return any(set(self.xnat.names(one)) & set(self.xnat.names(other))
-                   for one in held for other in waiting if one.uid and one.uid == other.uid)
+                xnat.build(address)
+            waiting += xnat.holds(address) or []
+        copies = [scan for scan in waiting for other in held if scan.uid and scan.uid == other.uid
+                  and set(xnat.names(scan)) & set(xnat.names(other))]
+        if copies and not xnat.replaces:
+            raise Trouble(f"the prearchive holds a copy of what is archived ({copies[0].path}), and "
+                          "what is missing would join it",
+                          "delete that copy in the prearchive, then run again")
+        self._match(outcome.series, held + waiting)
 
     # Send
 
     def _send(self, session: Session, series: List[Series], addresses: List[str]) -> List[str]:
-        """POST what is missing, part by part; the addresses where that lies now."""
-        sent = Sent(session, addresses[-1] if addresses else "")
-        # One after another, or series side by side: once the first answer has made the session.
+        """POST what is missing, part by part; the addresses where the session lies now."""
+        way = Way(session, addresses[-1] if addresses else "")
         side_by_side = self.xnat.takes_side_by_side() and self.settings.procs > 1
-        jobs: List[Tuple[Part, Any]] = []
-        for each, images in self._cut(series, side_by_side and not addresses):
-            before = next((part for part, _ in reversed(jobs)
-                           if part.series is each or not side_by_side), None)
-            part = Part(each, images, before)
-            jobs.append((part, self.parts.submit(self._send_part, sent, part, side_by_side)))
-        for _, job in jobs:
+        parts = list(self._cut(series, side_by_side and self.alone and not addresses))
+        lanes: Dict[object, List[Part]] = defaultdict(list)  # one after another in each
+        for part in parts:
+            lanes[part.series if side_by_side else session].append(part)
+        jobs = []
+        for lane in lanes.values():
+            jobs.append(self.lanes.submit(self._guard, self._send_lane, way, lane))
+            if not way.address:  # the answer to the first part makes the session
+                way.answered.wait()
+                way.answered.clear()
+        for job in jobs:
             job.result()
-        for each in series:
-            if each.missing and not each.problems:
-                each.status = "sent"
-        return [part.address for part, _ in jobs if part.address]
+        return list(dict.fromkeys(addresses + [address for job in jobs for address in job.result()]))
 
-    def _cut(self, series: List[Series], opener: bool) -> Iterator[Tuple[Series, List[Image]]]:
+    def _cut(self, series: List[Series], opener: bool) -> Iterator[Part]:
         """The parts to send, in order."""
-        to_send = [each for each in series if each.missing and not each.problems]
         most = self.settings.max_files
         # While a long session is the only one, nobody works until its first answer has come:
         # one file is enough to make the session.
-        opener = opener and self.alone and len(to_send) > self.settings.procs
-        for each in to_send:
-            images = sorted(each.missing, key=lambda image: image.file.name)
-            if opener and len(images) > 1:
-                yield each, images[:1]
-                images = images[1:]
-            opener = False
-            for at in range(0, len(images), most):
-                yield each, images[at:at + most]
+        opener = opener and sum(bool(each.missing) for each in series) > self.settings.procs
+        for each in series:
+            files = each.missing
+            if opener and files:
+                yield Part(each, files[:1])
+                files, opener = files[1:], False
+            for at in range(0, len(files), most):
+                yield Part(each, files[at:at + most])
 
-    def _send_part(self, sent: Sent, part: Part, side_by_side: bool) -> None:
-        """Pack one part and post it, in its turn."""
-        session, series = sent.session, part.series
+    def _send_lane(self, way: Way, parts: List[Part]) -> List[str]:
+        """Post parts one after another, the next one packed meanwhile; the addresses."""
+        addresses = []
         try:
-            if part.before:
-                part.before.has_room.wait()
-            assert self.workdir, "a dry run sends nothing"
-            with self.workdir.room_for(part.files) as zipped, self.teller.at_work(
-                    f"{session.label} {series.name}", part.files) as moved:
-                part.has_room.set()
-                if series.problems:
-                    return
-                series.began = series.began or time.monotonic()
-                self._pack(part, zipped)
-                if part.before:
-                    part.before.over.wait()
-                    if not part.before.address and part.before.series is series:
-                        return  # the one before says why
-                with sent.turn(side_by_side), self.slots:
-                    self._post(sent, part, zipped, moved)
-        except Trouble as trouble:
-            series.problems.append(trouble)
-        except OSError as error:
-            series.problems.append(unreadable(str(error.filename or "the workdir"), error))
+            packed = self.packers.submit(self._pack, parts[0])
+            for number, part in enumerate(parts, 1):
+                problems = part.series.problems
+                with ExitStack() as stack:
+                    try:
+                        zipped, room = packed.result()
+                        stack.enter_context(room)
+                    except Trouble as trouble:
+                        problems.append(trouble)
+                    if number < len(parts):
+                        packed = self.packers.submit(self._pack, parts[number])
+                    try:
+                        addresses += [] if problems else [self._post(way, part, zipped)]
+                    except Trouble as trouble:
+                        problems.append(trouble)
         finally:
-            part.end()
+            way.answered.set()
+        return addresses
 
-    def _pack(self, part: Part, zipped: str) -> None:
-        began, level, series = time.monotonic(), self.level.choose(), part.series
-        pack(series, part.files, zipped, level, self.xnat.programs)
-        given, made = sum(each.bytes for each in part.files), os.path.getsize(zipped)
-        self.level.packed(level, given, made, time.monotonic() - began)
-        self.teller.log(f"{series.folder}: {plural(len(part.files), 'file')} packed at level "
-                        f"{level}, {size(given)} to {size(made)}")
+    def _pack(self, part: Part) -> Tuple[str, ExitStack]:
+        """A part's zip, and what holds its place on the disk. Raises Trouble."""
+        assert self.workdir, "a dry run sends nothing"
+        folder = part.series.folder
+        with ExitStack() as stack:
+            if part.series.problems:
+                return "", stack
+            stack.enter_context(self.zips)
+            zipped = stack.enter_context(self.workdir.room_for(part.files))
+            part.series.began = part.series.began or time.monotonic()
+            began, level = time.monotonic(), self.level.choose()
+            try:
+                pack(folder, part.files, zipped, level, self.xnat.programs)
+                made = os.path.getsize(zipped)
+            except OSError as error:
+                raise unreadable(str(error.filename or "the workdir"), error)
+            given = sum(file.bytes for file in part.files)
+            self.level.packed(level, given, made, time.monotonic() - began)
+            self.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level {level}, "
+                            f"{size(given)} to {size(made)}")
+            return zipped, stack.pop_all()
 
-    def _post(self, sent: Sent, part: Part, zipped: str, moved: Callable[[float], None]) -> None:
-        began, made, series = time.monotonic(), os.path.getsize(zipped), part.series
-        address = self.xnat.post(sent.session, series, len(part.files), zipped, moved)
-        self.level.posted(made, time.monotonic() - began)
-        self.ledger.add(sent.session, "sent", series=series.name, first=part.files[0].name,
-                        last=part.files[-1].name, files=part.fingerprint, address=address)
-        moved(1.0)
-        sent.address = part.address = series.address = address
+    def _post(self, way: Way, part: Part, zipped: str) -> str:
+        """POST a part, and note it; its address. Raises Trouble."""
+        series, name = part.series, f"{way.session.label} {part.series.name}"
+        with self.slots, self.teller.at_work(name, part.files) as moved:
+            began, made = time.monotonic(), os.path.getsize(zipped)
+            address = self.xnat.post(way.session, series, len(part.files), zipped, moved)
+            self.level.posted(made, time.monotonic() - began)
+            self.ledger.add(way.session, "sent", series=series.name, first=part.files[0].name,
+                            last=part.files[-1].name, files=part_fingerprint(part.files),
+                            address=address)
+            moved(1.0)
+        way.address = address
+        way.answered.set()
+        for file in part.files:
+            file.missing = False
         series.sent += len(part.files)
-        series.bytes += sum(each.bytes for each in part.files)
-        series.zipped += made
         series.there += len(part.files)
+        series.bytes += sum(file.bytes for file in part.files)
+        series.zipped += made
         series.seconds = time.monotonic() - series.began
+        series.status = "" if series.missing else "sent"
+        return address
 
     # Verify and note
 
-    def _verify(self, outcome: Outcome, place: Place, sent: bool) -> None:
+    def _verify(self, outcome: Outcome, images: List[File], sent: bool) -> None:
         """Compare the server's count of each series with ours, by Series UID; by the total where
         a script has changed the UIDs. Too few fails the series, too many is worth a word."""
-        path, series = outcome.address or place.archived, outcome.series
+        session, series = outcome.session, outcome.series
+        if not images:
+            outcome.where = "nothing to send"
+            return
+        path = outcome.address = outcome.address or self.xnat.archive_path(session)
         outcome.where = "prearchived" if "/prearchive/" in path else "archived"
-        outcome.address, outcome.earlier = path, not sent
-        held = self.xnat.holds(path) or []
-        ours: Counter[str] = Counter(image.series for each in series for image in each.images)
+        outcome.earlier, outcome.files = not sent, len(images)
+        ours = Counter(image.series for image in images)
         theirs: Counter[str] = Counter()
-        for scan in held:
+        for scan in self.xnat.holds(path) or []:
             theirs[scan.uid] += scan.files
-        outcome.files = sum(ours.values())
         if not set(ours) & set(theirs):
-            ours = Counter({"": outcome.files})
-            theirs = Counter({"": sum(scan.files for scan in held)})
+            ours, theirs = Counter({"": len(images)}), Counter({"": sum(theirs.values())})
         for uid, count in ours.items():
             if theirs[uid] < count:
-                named = [each for each in series if each.images and uid in ("", each.images[0].series)]
-                trouble = Trouble(f"{outcome.where}, but XNAT counts {theirs[uid]} files where {count} "
-                                  "should be", "compare it in XNAT with the folder (an import filter "
-                                  "may drop some), or run again to send what is missing")
                 outcome.files -= count - theirs[uid]
-                if uid and named:
-                    named[0].problems.append(trouble)
-                else:
-                    outcome.trouble = trouble
+                trouble = Trouble(f"{outcome.where}, but XNAT counts {theirs[uid]} files where "
+                                  f"{count} should be", "compare it in XNAT with the folder (an "
+                                  "import filter may drop some), or run again to send what is "
+                                  "missing")
+                for each in series:
+                    if any(image.series == uid for image in each.images):
+                        each.problems.append(trouble)
+                outcome.trouble = outcome.trouble if uid else trouble
             elif theirs[uid] > count:
-                self.teller.say(f"{outcome.session.label}: XNAT counts {theirs[uid]} files where the "
-                                f"folder has {count}: they were there before, or came from elsewhere")
+                self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the folder "
+                                f"has {count}: they were there before, or came from elsewhere")
 
     def _note(self, outcome: Outcome) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
-        known = {each.name: (each.listing, each.fingerprint(set(), by_crc), len(each.images), by_crc)
-                 for each in outcome.series if each.status != "left out"
-                 for by_crc in [all(image.file.name in each.crcs for image in each.images)]}
+        known = {}
+        for each in outcome.series:
+            if each.status != "left out":
+                by_crc = all(image.crc >= 0 for image in each.images)
+                known[each.name] = (each.listing, images_fingerprint(each.images, by_crc),
+                                    len(each.images), by_crc)
         self.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
                         files=outcome.files, whole=not outcome.failed(), series=known)
 
@@ -2599,26 +2450,23 @@ class Upload:
             Series(name, "") for name in session.series]) for session in self.waiting]
 
 
-def not_among(images: List[Image], names: List[str]) -> Optional[List[Image]]:
+def not_among(images: List[File], names: List[str]) -> Optional[List[File]]:
     """The images that are not among the names of a scan's files; None if that cannot be told."""
     left = Counter(names)
-    absent: List[Image] = []
-    twins: List[Image] = []
+    absent: List[File] = []
+    twins: List[File] = []
     for image in images:
-        stored = stored_name(image.file.name)
+        stored = stored_name(image.name)
+        if not left[stored]:  # other programs name files by their UID
+            stored = next((name for name in left if image.sop in name and left[name]), stored)
         if left[stored]:
             left[stored] -= 1
         else:  # a second file of one name lies there under another
             (twins if stored in left else absent).append(image)
-    foreign = list(left.elements())
-    for image in list(absent):  # other programs name files by their UID
-        by_uid = next((name for name in foreign if image.sop in name), None)
-        if by_uid:
-            foreign.remove(by_uid)
-            absent.remove(image)
+    foreign = sum(left.values())
     if not foreign and names:
         return absent + twins
-    return absent if len(foreign) == len(twins) and twins else None
+    return absent if twins and foreign == len(twins) else None
 
 
 def anew(session: Session) -> str:
@@ -2629,22 +2477,22 @@ def anew(session: Session) -> str:
 # ---- telling -------------------------------------------------------------------------------
 
 
-REPORT = ("subject", "session", "series", "label", "status", "files", "copies", "damaged files",
-          "not-DICOM files", "bytes sent", "seconds", "tries", "HTTP status", "server's address",
-          "open in a browser", "message")
 # How a session ended, in words.
 ENDS = {
     "archived": "archived",
     "prearchived": "in the prearchive, waiting for review",
     "not archived": "not archived",
-    "held back": "held back in the prearchive until every series is sent",
+    "held back": "held back in the prearchive",
     "failed": "not there",
     "nothing to send": "nothing to send",
     "to send": "would be sent",
     "there": "already there",
 }
-COLOURS = {"archived": 32, "already there": 32, "in the prearchive": 33, "held back": 33,
-           "would be sent": 32, "not": 31, "damaged": 31, "packed": 31}
+RED, GREEN, YELLOW = 31, 32, 33
+COLOURS = {"archived": GREEN, "already there": GREEN, "sent": GREEN, "would be sent": GREEN,
+           "would send": GREEN, "All is there": GREEN, "in the prearchive": YELLOW,
+           "held back": YELLOW, "not archived": RED, "not there": RED, "not sent": RED,
+           "damaged": RED, "packed": RED, "Failed": RED}
 
 
 class Failure(NamedTuple):
@@ -2655,9 +2503,89 @@ class Failure(NamedTuple):
     to_do: str
 
     @property
-    def kind(self) -> Tuple[str, str]:
-        """The same for all failures of one kind: names and numbers do not count."""
-        return re.sub(r"\S*[\d_.]\S*", "*", self.what), self.to_do
+    def kind(self) -> str:
+        """The same for all of one kind: names and numbers do not count, what a server says does."""
+        what = re.sub(r" \((?!HTTP|curl)[^()]*\)", "", self.what)
+        what = re.sub(r"^\S.*? (?=(is|are|has|cannot|does|changed|could) )", "", what)
+        what = what if "(" in what else what.partition(": ")[0].replace("files", "file")
+        return re.sub(r"\S*[\d_./]\S*", "*", f"{what}: {self.to_do}")
+
+
+class Screen:
+    """Standard output and error: plain lines, and on a terminal one line that moves."""
+
+    def __init__(self) -> None:
+        clever = os.environ.get("TERM") != "dumb"
+        self.moves = sys.stderr.isatty() and clever
+        self._coloured = sys.stdout.isatty() and clever and not os.environ.get("NO_COLOR")
+        self._shown = False  # whether the moving line is there
+        self.heard = self._drawn = time.monotonic()  # a line; the moving one
+
+    def show(self, stream: TextIO, text: str, at: int = -1) -> None:
+        """A line; on a terminal broken between words, and the status word at `at` in a colour."""
+        self._erase()
+        self.heard = time.monotonic()
+        lines = [printable(text)]
+        if stream.isatty() and "python3 " not in text:  # a command is there to be copied
+            lines = wrapped(lines[0], terminal_width(stream))
+        first = lines[0]
+        word = next((each for each in COLOURS if at >= 0 and first.startswith(each, at)), "")
+        if word and self._coloured:
+            lines[0] = first[:at] + f"\033[{COLOURS[word]}m{word}\033[0m" + first[at + len(word):]
+        put(stream, "".join(line + "\n" for line in lines))
+
+    def move(self, text: Callable[[], str]) -> None:
+        """Draw the moving line anew, ten times a second at most."""
+        if time.monotonic() > self._drawn + 0.1:
+            self._drawn = time.monotonic()
+            self._erase()
+            put(sys.stderr, fitting(text(), min(80, terminal_width(sys.stderr)) - 1))
+            self._shown = True
+
+    def _erase(self) -> None:
+        if self._shown:
+            put(sys.stderr, "\r\033[K")
+            self._shown = False
+
+
+class Papers:
+    """Log and report of a run, in the workdir and for their owner only."""
+
+    def __init__(self) -> None:
+        self.report_path = ""
+        self.broken: Optional[Stop] = None  # they cannot be written
+        self.order: List[Session] = []  # whose rows are still to come, the next one last
+        self._handles: Dict[str, int] = {}
+        self._early: Dict[Session, str] = {}  # rows of sessions that have overtaken others
+
+    def open(self, settings: Settings) -> None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        base = next(base for base in itertools.chain([first], (
+            f"{first}-{number}" for number in itertools.count(2)))  # for runs within one second
+            if not os.path.exists(base + ".log"))
+        self.report_path = base + ".csv"
+        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
+            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def write(self, kind: str, text: str) -> None:
+        raw = text.encode("utf-8", "backslashreplace")
+        try:
+            if kind in self._handles and os.write(self._handles[kind], raw) < len(raw):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._handles.clear()  # what ends the run must not keep its summary back
+            self.broken = Stop(f"{kind} beside {self.report_path}: cannot be written "
+                               f"({error.strerror}): make room, then run again")
+
+    def report(self, session: Session, rows: Iterable[Dict[str, Any]]) -> None:
+        """A session's rows, in the order of the folders."""
+        self._early[session] = "".join(csv_line(each.values()) for each in rows)
+        if len(self._early) > 999:  # memory has its bounds
+            self.order.clear()
+        while self._early and (not self.order or self.order[-1] in self._early):
+            self.write("report", self._early.pop(self.order.pop() if self.order else
+                                                 next(iter(self._early))))
 
 
 class Teller:
@@ -2667,101 +2595,60 @@ class Teller:
 
     def __init__(self) -> None:
         self.failures: List[Failure] = []
-        self.report_path = ""
         self.settings: Optional[Settings] = None
         self.stopped: Optional[Stop] = None  # by a signal
-        self._broken: Optional[Stop] = None  # log or report cannot be written
-        self._sessions: Counter[str] = Counter()
-        self._series: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()  # files and bytes of all kinds
+        self._screen, self._papers = Screen(), Papers()
+        self._ends: Counter[str] = Counter()  # of sessions
+        self._statuses: Counter[str] = Counter()  # of series
+        self._kinds: Counter[str] = Counter()  # of files that were not sent
+        self._counts: Counter[str] = Counter()  # files and bytes that were
         self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
         self._total = 0  # sessions
         self._widths = (0, 0)  # of labels and of series names
-        self._began = self._heard = self._drawn = time.monotonic()
+        self._began = time.monotonic()
         self._lock = threading.RLock()
-        self._handles: Dict[str, int] = {}  # of log and report, once they are open
-        self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._coloured = (sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-                          and not os.environ.get("NO_COLOR"))
-        self._shown = False  # whether the moving line is on the screen
 
-    def is_quiet(self) -> bool:
-        return bool(self.settings and self.settings.quiet)
-
-    def is_verbose(self) -> bool:
-        return bool(self.settings and self.settings.verbose)
+    def _has(self, switch: str) -> bool:
+        return bool(getattr(self.settings, switch, False))
 
     def open_files(self, settings: Settings) -> None:
-        """Begin log and report in the workdir, readable by their owner only."""
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
-        base = first
-        for number in itertools.count(2):  # for runs within one second
-            if not os.path.exists(base + ".log"):
-                break
-            base = f"{first}-{number}"
-        self.report_path = base + ".csv"
-        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
-            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._write("report", csv_line(REPORT))
+        """Begin log and report in the workdir."""
+        self._papers.open(settings)
+        nobody = Session("", "")
+        self._papers.write("report", csv_line(self._row(Outcome(nobody, []), Series("", ""))))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
     def check(self) -> None:
         """Raises Stop if a signal came where Python drops exceptions, or the log is full."""
-        if self.stopped or self._broken:
-            raise self.stopped or self._broken  # type: ignore[misc]
+        if self.stopped or self._papers.broken:
+            raise self.stopped or self._papers.broken  # type: ignore[misc]
 
     # One line
 
     def log(self, text: str) -> None:
         """A line for the log only; with --verbose on stderr too."""
-        self._keep(text)
-        if self.is_verbose():
-            self._show(sys.stderr, f"  {text}")
+        self._tell(text, [f"  {text}"] if self._has("verbose") else [])
 
-    def line(self, text: str = "", important: bool = True) -> None:
-        """A result: a line on stdout and in the log. --quiet shows only what is `important`."""
-        self._keep(text)
-        if important or not self.is_quiet():
-            self._show(sys.stdout, text)
+    def line(self, text: str = "", important: bool = True, at: int = -1) -> None:
+        """A result: a line on stdout and in the log. --quiet shows only what is `important`.
+        Its status word, if it has one, begins at `at`."""
+        self._tell(text, [text] if important or not self._has("quiet") else [], sys.stdout, at)
 
     def say(self, text: str, drawing: str = "") -> None:
         """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
-        self._keep(text)
-        for line in (f"dicomUpload: {text}", *drawing.splitlines()):
-            self._show(sys.stderr, line)
+        self._tell(text, [f"dicomUpload: {text}", *drawing.splitlines()])
+
+    def _tell(self, text: str, shown: List[str], stream: Optional[TextIO] = None, at: int = -1
+              ) -> None:
+        with self._lock:
+            self._papers.write("log", f"{now()} {printable(text)}\n")
+            for line in shown:
+                self._screen.show(stream or sys.stderr, line, at)
 
     def fail(self, where: str, trouble: Trouble) -> None:
         """Keep a failure for the summary."""
         with self._lock:
             self.failures.append(Failure(where, trouble.what, trouble.to_do))
-
-    def _keep(self, text: str) -> None:
-        self._write("log", f"{now()} {printable(text)}\n")
-
-    def _write(self, kind: str, text: str) -> None:
-        with self._lock:
-            if kind in self._handles:
-                try:
-                    raw = text.encode("utf-8", "backslashreplace")
-                    if os.write(self._handles[kind], raw) < len(raw):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError as error:
-                    self._handles.clear()  # what ends the run must not keep its summary back
-                    self._broken = Stop(f"{kind} beside {self.report_path}: cannot be written "
-                                        f"({error.strerror}): make room, then run again")
-
-    def _show(self, stream: TextIO, text: str) -> None:
-        """Print a line; on a terminal broken between words, and with a colour for its status."""
-        with self._lock:
-            self._erase()
-            self._heard = time.monotonic()
-            lines = [printable(text)]
-            if stream.isatty():
-                lines = wrapped(lines[0], terminal_width(stream))
-            if stream is sys.stdout and self._coloured:
-                lines[0] = coloured(lines[0])
-            put(stream, "".join(line + "\n" for line in lines))
 
     # While it goes on
 
@@ -2795,280 +2682,277 @@ class Teller:
     def plans(self, series: List[Series]) -> None:
         """A session has been read: so much of it is to be sent."""
         with self._lock:
-            self._counts["planned sessions"] += 1
-            self._counts["planned"] += sum(image.file.bytes for each in series
-                                           for image in each.missing if not each.problems)
+            planned = sum(image.bytes for each in series for image in each.missing)
+            self._counts.update({"planned": planned, "looked": 1})
 
     def progress(self) -> None:
         """On a terminal the one moving line; elsewhere a line now and then."""
         with self._lock:
-            moment = time.monotonic()
-            if self._moves and not self.is_quiet() and moment > self._drawn + 0.1:
-                self._drawn = moment
-                self._erase()
-                columns = min(80, terminal_width(sys.stderr))
-                put(sys.stderr, fitting(self._standing(), columns - 1))
-                self._shown = True
-            elif not (self._moves or self.is_quiet()) and moment > self._heard + self.HEARTBEAT:
+            if self._has("quiet"):
+                return
+            if self._screen.moves:
+                self._screen.move(self._standing)
+            elif time.monotonic() > self._screen.heard + self.HEARTBEAT:
                 self.say(f"still at work: {self._standing()}")
 
     def _standing(self) -> str:
         """How far it is, how fast, about how long it will take, and what is going on."""
-        names = [name for name, _ in self._at_work.values()][:1]
+        names = "".join([name for name, _ in self._at_work.values()][:1])
         if not self._total:
-            return f"[{''.join(names)}]"
-        counts, done = self._counts, sum(self._sessions.values())
+            return f"[{names}]"
+        counts, done = self._counts, sum(self._ends.values())
         sent = counts["bytes"] + sum(each for _, each in self._at_work.values())
         rate = sent / max(1.0, time.monotonic() - self._began)
+        words = [f"{done:,} of {plural(self._total, 'session')}"]
+        words += [f"{counts['failed']:,} failed"] if counts["failed"] else []
+        words += [size(sent), f"{size(rate)}/s"] if sent else [f"{counts['read']:,} files read"]
         # As if those that are not read yet were like those that are.
-        known = max(1, counts["planned sessions"] + self._sessions["known"])
-        total = counts["planned"] * max(1.0, (self._total - self._sessions["known"]) / known)
-        left = "  waiting for XNAT" if sent else f"  {counts['read']:,} files read"
-        if 0 < sent < 0.99 * total:
-            left = f"  about {duration((total - sent) / rate)} left"
-        return (f"[{done:,} of {plural(self._total, 'session')}  {size(sent)}  {size(rate)}/s{left}]"
-                f"  {''.join(names)}")
-
-    def _erase(self) -> None:
-        if self._shown:
-            put(sys.stderr, "\r\033[K")
-            self._shown = False
+        left = counts["planned"] / max(1, done, counts["looked"]) * self._total - sent
+        if 0 < sent < 99 * left:
+            words.append(f"about {duration(left / rate)} left")
+        return f"[{'  '.join(words)}]  {names}"
 
     # Before
 
     def begin(self, tree: Tree, xnat: Xnat) -> None:
         """What is about to happen, in a few lines."""
-        settings = xnat.settings
-        pairs = [(session, name) for session, name in tree.pairs()]
+        settings, series, widest = xnat.settings, 0, 0
+        out: Counter[str] = Counter()
+        for _, name in tree.pairs():
+            series, widest = series + 1, max(widest, len(name))
+            out.update(filter(None, [settings.left_out(name)]))
+        labels = [session.label for session in tree.sessions]
         self._at_work.pop(self, None)
-        self._total = len(tree.sessions)
-        self._widths = (max((len(session.label) for session in tree.sessions), default=0),
-                        min(40, max((len(printable(name)) for _, name in pairs), default=0)))
-        self._began = time.monotonic()
-        subjects = len({session.subject for session in tree.sessions})
-        left_out = sum(1 for _, name in pairs if settings.left_out(name))
-        self.line(f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
-                  f"{settings.user}", important=False)
-        self.line(f"{plural(subjects, 'subject')}, {plural(len(tree.sessions), 'session')}, "
-                  f"{len(pairs):,} series: {left_out:,} left out", important=False)
+        self._total, self._began = len(tree.sessions), time.monotonic()
+        self._widths = max(map(len, labels), default=0), min(40, widest)
+        self._papers.order = tree.sessions[::-1]
+        by = ", ".join(f'"{name}" {count:,}' for name, count in sorted(out.items()))
+        subjects = plural(len({session.subject for session in tree.sessions}), "subject")
+        lines = [f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
+                 f"{settings.user}",
+                 f"{subjects}, {plural(self._total, 'session')}, {series:,} series: "
+                 f"{sum(out.values()):,} left out" + (f" ({by})" if by else "")]
         if tree.not_chosen:
-            self.line(f"{plural(tree.not_chosen, 'session')} left out by --only or --shard",
-                      important=False)
+            lines.append(f"{plural(tree.not_chosen, 'session')} left out by --only or --shard")
         if tree.no_data:
-            self.line(f"{plural(tree.no_data, 'name')} left out that stand for no data (trash and "
-                      "the like)", important=False)
+            lines.append(f"{plural(len(tree.no_data), 'name')} left out that stand for no data (trash "
+                         "and the like)")
+        lines += [f"{session.path} becomes session {label} of subject {session.subject_label}"
+                  for session, label in zip(tree.sessions, labels)
+                  if label != session.path.rstrip("/").replace("/", "_")]
+        for line in lines:
+            self.line(line, important=False)
         if tree.strays:
             self.say(f"{tree.strays[0]}: {plural(len(tree.strays), 'file')} where folders belong: "
                      "not sent")
         for stray in tree.strays:
             self.log(f"where a folder belongs: {stray}")
-        for session in tree.sessions:
-            if session.label != session.path.rstrip("/").replace("/", "_"):
-                self.line(f"{session.path} becomes session {session.label} of subject "
-                          f"{session.subject_label}", important=False)
+        for path in tree.no_data:
+            self.log(f"no data: {path}")
         self.line(important=False)
 
     # One session
 
     def session(self, outcome: Outcome) -> None:
-        """A session is over: a line, one for each series that needs a person, rows in the report."""
+        """A session is over: its line, one for each series that needs a person, its rows."""
         with self._lock:
+            failed, verbose = outcome.failed(), self._has("verbose")
+            if outcome.where == "nothing to send" and failed:
+                outcome.where = "failed"
             for series in outcome.series:
                 self._one_series(outcome, series)
-            label, trouble = outcome.session.label, outcome.trouble
-            self._sessions[outcome.where] += 1
-            self._sessions["earlier"] += outcome.earlier
-            text = self._session_text(outcome)
-            if trouble:
-                self.fail(label, trouble)
-            self.line(f"{label:<{self._widths[0]}}  {text}", important=outcome.failed())
+            if outcome.trouble:
+                self.fail(outcome.session.label, outcome.trouble)
+            self._counts["failed"] += failed
+            line = f"{outcome.session.label:<{self._widths[0]}}  {self._end(outcome)}"
+            if verbose or failed or not outcome.earlier or not self._screen.moves:
+                self.line(line + f"  {self._page(outcome)}" * verbose, failed, self._widths[0] + 2)
+            else:
+                self._tell(line, [])  # on a terminal a rerun shows what is new
+            self._papers.report(outcome.session, [self._row(outcome, each)
+                                                  for each in outcome.series])
 
-    def _session_text(self, outcome: Outcome) -> str:
-        end, trouble = ENDS[outcome.where], outcome.trouble
-        if trouble:
-            return f"{end}: {trouble}" if outcome.where not in str(trouble) else str(trouble)
-        if outcome.where in ("archived", "prearchived"):
-            files = plural(outcome.files, "file")
-            if outcome.earlier:
-                return f"already there, {files}" + (f", {end}" if end != "archived" else "")
-            return f"{end}, {files} verified"
+    def _end(self, outcome: Outcome) -> str:
+        """How it ended, with what a line says beside."""
+        there = outcome.where in ("archived", "prearchived")
+        end = ENDS["there" if outcome.earlier and outcome.where == "archived" else outcome.where]
+        self._ends[end] += 1
+        if outcome.trouble:
+            what = outcome.trouble.what
+            return what if what.startswith(end) else f"{end}: {what}"
         if outcome.where == "to send":
-            images = [image for each in outcome.series for image in each.missing]
-            return (f"{end}: {plural(len(images), 'file')}, "
-                    f"{size(sum(image.file.bytes for image in images))}")
-        return end
+            return f"{end}: {amount(image for each in outcome.series for image in each.missing)}"
+        return end + f", {plural(outcome.files, 'file')}" * (there or outcome.where == "there") + (
+            " verified" if there and not outcome.earlier else "")
 
     def _one_series(self, outcome: Outcome, series: Series) -> None:
-        label, dry = outcome.session.label, bool(self.settings and self.settings.dry_run)
+        label, dry, need = outcome.session.label, self._has("dry_run"), series.wants_a_person()
         name = f"{label} {series.name}"
-        for each in series.problems:
-            self.fail(name, each)
-        if series.damaged:
-            self.fail(name, Trouble(
-                f"{plural(len(series.damaged), 'file')} damaged ({some(series.damaged)})",
-                "copy from the source again, then run again; the others are sent"))
-        if series.packed:
-            self.fail(name, Trouble(f"{plural(len(series.packed), 'file')} packed "
-                                    f"({some(series.packed)})", "unpack it, then run again"))
-        for kind in ("damaged", "packed", "copies", "not_dicom"):
-            names = getattr(series, kind)
-            self._counts[kind] += len(names)
+        if not series.status or series.problems and series.status == "already there":
+            good = dry and not (series.problems or outcome.trouble)
+            series.status = "would send" if good else "not sent"
+        self._statuses[series.status] += 1
+        wrong = troubles(series)
+        for trouble in wrong:
+            self.fail(name, trouble)
+        for kind, names in (("damaged", series.damaged), ("packed", series.packed),
+                            ("copy", series.copies), ("not DICOM", series.not_dicom)):
+            self._kinds[kind] += len(names)
             for each in names:
-                self._keep(f"{kind.replace('_dicom', ' DICOM')}: {name}: {each}")
-        if series.problems and series.status in ("", "already there", "sent"):
-            series.status = "not sent" if series.status != "sent" else "sent"
-        elif not series.status:
-            series.status = "would send" if dry and not outcome.trouble else "not sent"
-        self._series[series.status] += 1
-        self._series["wrong"] += bool(series.wants_a_person())
-        if dry or self.is_verbose() or series.wants_a_person():
-            self.line(f"{label:<{self._widths[0]}}  {printable(series.name):<{self._widths[1]}}  "
-                      f"{series.status:<13} {detail(series)}".rstrip(),
-                      important=series.wants_a_person())
-        self.report(outcome, series)
+                self._tell(f"{kind}: {name}: {each}", [])
+        if dry or need or self._has("verbose"):
+            shown = printable(series.name)
+            shown += " " * (self._widths[1] - width_of(shown))
+            start = f"{label:<{self._widths[0]}}  {shown}  "
+            marked = need and not series.problems  # of such a line what is wrong has the colour
+            self.line(f"{start}{series.status:<13}  "
+                      f"{'; '.join([each.what for each in wrong] + detail(series))}".rstrip(),
+                      need, len(start) + 15 * marked)
 
-    def report(self, outcome: Outcome, series: Series) -> None:
-        """One row in the report."""
+    def _row(self, outcome: Outcome, series: Series) -> Dict[str, Any]:
+        """A series in the report."""
         session = outcome.session
-        message = "; ".join(filter(None, [
-            *map(str, series.problems), *series.damaged, *(f"{each} is packed" for each in
-                                                           series.packed), series.message]))
+        message = "; ".join(filter(None, [*map(str, troubles(series)), series.message]))
         if not message and series.status not in ("left out", "no DICOM", "copy"):
             message = str(outcome.trouble or "") or (
                 ENDS[outcome.where] if outcome.where not in ("archived", "there") else "")
-        row = (session.subject, session.name, series.name, session.label, series.status,
-               series.there, len(series.copies), len(series.damaged), len(series.not_dicom),
-               series.zipped, f"{series.seconds:.1f}", series.tries, series.http or "",
-               outcome.address or series.address, self._page(outcome), message)
-        self._write("report", csv_line([cell(each) for each in row]))
+        return {
+            "subject": session.subject, "session": session.name, "series": series.name,
+            "label": session.label, "status": series.status, "files": series.there,
+            "copies": len(series.copies), "damaged files": len(series.damaged),
+            "not-DICOM files": len(series.not_dicom), "bytes sent": series.zipped,
+            "seconds": f"{series.seconds:.1f}", "tries": series.tries,
+            "HTTP status": series.http or "", "server's address": outcome.address,
+            "open in a browser": self._page(outcome), "message": message}
 
     def _page(self, outcome: Outcome) -> str:
         """The address under which a person finds the session."""
         url, address = self.settings.url if self.settings else "", outcome.address
-        if not address:
-            return ""
-        return url + ("/app/template/XDATScreen_prearchives.vm" if "/prearchive/" in address
-                      else f"{address}?format=html")
+        return "" if not address else url + (
+            "/app/template/XDATScreen_prearchives.vm" if "/prearchive/" in address
+            else f"{address}?format=html")
 
     # After
 
     def summary(self, upload: Upload, again: bool) -> None:
-        """The end: how much is there, each failure again, what a stop left, and what to do."""
-        settings, ends = upload.settings, self._sessions
-        rest = upload.rest()
+        """The end: each failure again, how much is there, what a stop left, and what to do."""
+        dry, rest, line = upload.settings.dry_run, upload.rest(), self.line
         for outcome in rest:
             for each in outcome.series:
                 each.status = each.status or "not sent"
                 each.message = each.message or ("the run was stopped before its session was whole: "
                                                 "run again")
-                self.report(outcome, each)
-        done = sum(ends[end] for end in ENDS)
-        total = done + len(rest)
-        there = ends["archived"] + ends["prearchived"]
-        self.line(important=False)
-        if settings.dry_run:
-            self._dry_end(upload)
-        else:
-            words = [f"{there} of {plural(total, 'session')} archived and verified"]
-            if ends["prearchived"]:
-                words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of "
-                         "them in the prearchive"]
-            if ends["earlier"]:
-                words[0] += f" ({ends['earlier']} of them already there)"
-            words += [f"{ends[end]} {end}" for end in ("not archived", "held back", "failed",
-                                                       "nothing to send") if ends[end]]
-            words += [f"{len(rest)} not finished"] if rest else []
-            self.line("; ".join(words) + ".")
-        self._count_line(upload)
+            self._papers.report(outcome.session, [self._row(outcome, each)
+                                                  for each in outcome.series])
+        room = self._room(upload) if dry else ""
+        self._tell_failures()
+        line(important=False)
+        self._tell_counts(upload, len(rest))
+        if room:
+            line(room)
+        if rest:
+            line(f"Not finished: {some([outcome.session.label for outcome in rest], 5)}")
         halves = [outcome.session.label for outcome in rest if outcome.address or any(
-            each.address for each in outcome.series)]
+            each.sent for each in outcome.series)]
         if halves:
-            self.line(f"Not whole in the prearchive, do not archive by hand: {', '.join(halves)}")
-        self._tell_failures(rest)
-        if settings.dry_run:
-            self.line(f"Nothing was sent. To send: {settings.command}")
-        elif (self.failures or rest) and again:
-            self.line(f"Run the same command again to finish: {settings.command}")
+            line(f"Not whole in the prearchive, do not archive by hand: {some(halves)}")
+        if self._ends[ENDS["prearchived"]]:
+            line("Those in the prearchive wait for review: somebody must archive them there.")
+        if self._papers.report_path:
+            line(f"Report: {self._papers.report_path}")
+        if dry:
+            line(f"Nothing was sent. To send: {upload.settings.command}")
         elif not (self.failures or rest):
-            self.line("All is there.")
-        if ends["prearchived"]:
-            self.line("Those in the prearchive wait for review: somebody must archive them there.")
-        if self.report_path:
-            self.line(f"Report: {self.report_path}")
+            line("All is there.", at=0)
+        elif again:
+            fix = any(not each.to_do.startswith("run again") for each in self.failures)
+            line((f"Fix the {len(self.failures):,} above, then run" if fix else "Run") +
+                 f" the same command again to finish: {upload.settings.command}")
 
-    def _count_line(self, upload: Upload) -> None:
-        counts = [f"{self._series[status]:,} {word}" for status, word in (
-            ("sent", "sent"), ("would send", "to send"), ("already there", "already there"),
-            ("left out", "left out"), ("copy", "copies of others"), ("no DICOM", "without DICOM"),
-            ("not sent", "failed")) if self._series[status]]
-        self.line(f"Series: {', '.join(counts) or 'none finished'}.")
-        kinds = [f"{self._counts[kind]:,} {word}" for kind, word in (
-            ("not_dicom", "not DICOM"), ("copies", "copies"), ("damaged", "damaged"),
-            ("packed", "packed")) if self._counts[kind]]
+    def _tell_failures(self) -> None:
+        """Under one heading, those of one kind as one entry: what it is, below it what to do."""
+        kinds: Dict[str, List[Failure]] = defaultdict(list)
+        for failure in sorted(self.failures):
+            kinds[failure.kind].append(failure)
         if kinds:
-            self.line(f"Files not sent: {', '.join(kinds)} (named in the log)."
-                      if self.report_path else f"Files not sent: {', '.join(kinds)}.")
-        seconds = time.monotonic() - self._began
+            self.line(important=False)
+            self.line(f"Failed ({len(self.failures):,}):", at=0)
+        for first, *more in kinds.values():
+            self.line(f"  {first.where}: {first.what}")
+            if more:
+                self.line(f"      and {len(more):,} more like it: "
+                          f"{some([each.where for each in more], 3)}")
+            self.line(f"      {first.to_do}")
+
+    def _tell_counts(self, upload: Upload, rest: int) -> None:
+        """How many of everything."""
+        ends = self._ends + Counter({"not finished": rest})
+        for noun, counts in (("session", ends), ("series", self._statuses)):
+            parts = ", ".join(f"{count:,} {word}" for word, count in counts.most_common())
+            count = sum(counts.values())
+            self.line(f"{plural(count, noun, noun.rstrip('s') + 's')}: {parts or 'none'}.")
+        parts = ", ".join(plural(count, word, {"copy": "copies"}.get(word, word))
+                          for word, count in self._kinds.most_common() if count)
+        if parts:
+            named = " (named in the log)" if self._papers.report_path else ""
+            self.line(f"Files not sent: {parts}{named}.")
+        seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
         if self._counts["files"]:
             level = upload.level.used.most_common(1)[0][0] if upload.level.used else 1
-            self.line(f"{plural(self._counts['files'], 'file')}, {size(self._counts['bytes'])} in "
-                      f"{duration(seconds)} ({size(self._counts['bytes'] / max(seconds, 0.1))}/s), "
-                      f"mostly zipped at level {level}.")
+            self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), mostly zipped at "
+                      f"level {level}.")
 
-    def _dry_end(self, upload: Upload) -> None:
-        settings, ends = upload.settings, self._sessions
-        words = [f"{ends[end]} {word}" for end, word in (
-            ("to send", "would be sent"), ("there", "already there"), ("failed", "failed"),
-            ("nothing to send", "nothing to send")) if ends[end]]
-        self.line(f"{plural(sum(ends[end] for end in ENDS), 'session')}: {', '.join(words)}.")
-        folder = os.path.abspath(settings.workdir)
+    def _room(self, upload: Upload) -> str:
+        """What a dry run says of the workdir's disk."""
+        folder = os.path.abspath(upload.settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         free = shutil.disk_usage(folder).free
-        self.line(f"Room for zips in {settings.workdir}: {size(free)} free, up to "
-                  f"{size(sum(upload.largest))} needed at once")
         if upload.largest and upload.largest[0] > free:
-            self.fail(f"workdir {settings.workdir}", Trouble(
+            self.fail(f"workdir {upload.settings.workdir}", Trouble(
                 f"is too full for the largest zip ({size(upload.largest[0])})",
                 "make room, or lower --max-files"))
-
-    def _tell_failures(self, rest: List[Outcome]) -> None:
-        """Under one heading, those of one kind as one entry: what it is, and below it what to do."""
-        kinds: Dict[Tuple[str, str], List[Failure]] = defaultdict(list)
-        for failure in self.failures:
-            kinds[failure.kind].append(failure)
-        if self.failures or rest:
-            self.line(f"Not there ({len(self.failures) + len(rest)}):")
-        for alike in kinds.values():
-            for failure in alike[:3]:
-                self.line(f"  {failure.where}: {failure.what}")
-            if alike[3:]:
-                self.line(f"  and {len(alike) - 3:,} more of this kind: "
-                          f"{some([each.where for each in alike[3:]], 5)}")
-            self.line(f"      {alike[0].to_do}")
-        if rest:
-            self.line(f"  {plural(len(rest), 'session')} not reached, the run was stopped: "
-                      f"{some([outcome.session.label for outcome in rest], 5)}")
+        return (f"Room for zips in {upload.settings.workdir}: {size(free)} free, up to "
+                f"{size(sum(upload.largest))} needed at once")
 
 
-def detail(series: Series) -> str:
-    """What a line says of a series beyond its status."""
-    words = [str(each) for each in series.problems] or [series.message]
+def troubles(series: Series) -> List[Trouble]:
+    """What is wrong with a series, that of one kind as one."""
+    alike: Dict[str, List[Trouble]] = defaultdict(list)
+    for each in series.problems:
+        alike[Failure("", each.what, each.to_do).kind].append(each)
+    found = [Trouble(first.what + f" (and {len(more):,} more like it)" * bool(more), first.to_do)
+             for first, *more in alike.values()]
     if series.damaged:
-        words.append(f"{len(series.damaged)} damaged: {some(series.damaged)}")
+        found.append(Trouble(f"damaged: {some(series.damaged)}", "copy from the source again, then "
+                             "run again; the others are sent"))
     if series.packed:
-        words.append(f"{len(series.packed)} packed: {some(series.packed)}")
+        found.append(Trouble(f"packed: {some(series.packed)}", "unpack it, then run again"))
+    return found
+
+
+def detail(series: Series) -> List[str]:
+    """What a line says of a series beside its status and what is wrong with it."""
+    words, others = [series.message], series.there - series.sent
     if series.status == "sent":
-        words.append(f"{plural(series.sent, 'file'):>11}  {size(series.bytes):>8}  "
-                     f"{series.seconds:.1f} s")
+        words += [f"{plural(series.sent, 'file')}, {size(series.bytes)}", f"{series.seconds:.1f} s"]
     elif series.status == "would send":
-        total = sum(image.file.bytes for image in series.missing)
-        words.append(f"{plural(len(series.missing), 'file'):>11}  {size(total):>8}")
+        words.append(amount(series.missing))
+    if others > 0:
+        words.append(f"{plural(others, 'file')} already there" if words[1:] else
+                     plural(others, "file"))
     if series.copies and series.status != "copy":
-        words.append(f"({plural(len(series.copies), 'copy', 'copies')}: {some(series.copies)})")
+        words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies, 2)}")
     if series.not_dicom and series.images:
-        words.append(f"({len(series.not_dicom)} not DICOM: {some(series.not_dicom)})")
-    return "  ".join(filter(None, words))
+        words.append(f"{len(series.not_dicom):,} not DICOM: {some(series.not_dicom, 2)}")
+    return list(filter(None, words))
+
+
+def amount(images: Iterable[File]) -> str:
+    """How many files, and how large they are."""
+    sizes = [image.bytes for image in images]
+    return f"{plural(len(sizes), 'file')}, {size(sum(sizes))}"
 
 
 def some(names: Sequence[str], most: int = 20) -> str:
@@ -3080,8 +2964,7 @@ def some(names: Sequence[str], most: int = 20) -> str:
 def put(stream: TextIO, text: str) -> None:
     """Write at once. A reader that has gone away (`| head`, a terminal) stops no upload; one that
     is slow for a moment loses no line."""
-    coding = stream.encoding or "ascii"
-    raw = text.encode(coding, "backslashreplace")
+    raw = text.encode(stream.encoding or "ascii", "backslashreplace")
     try:
         stream.flush()
         handle = stream.fileno()
@@ -3101,16 +2984,18 @@ def terminal_width(stream: TextIO) -> int:
     return 80
 
 
-def csv_line(row: Sequence[object]) -> str:
+def csv_line(row: Iterable[object]) -> str:
+    """A row in which no spreadsheet takes a name for a formula."""
     text = io.StringIO()
-    csv.writer(text).writerow(row)
+    csv.writer(text).writerow("'" * (str(each)[:1] in tuple("=+-@")) + printable(str(each))
+                              for each in row)
     return text.getvalue()
 
 
 def width_of(text: str) -> int:
     """Columns on a terminal: letters of some scripts are two wide, accents none."""
-    return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
-               for each in text)
+    return sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in text
+               if not unicodedata.combining(each))
 
 
 def fitting(text: str, columns: int) -> str:
@@ -3123,8 +3008,6 @@ def fitting(text: str, columns: int) -> str:
 
 def wrapped(text: str, columns: int) -> List[str]:
     """`text` in lines that fit, broken between words where it can be, with the rest indented."""
-    if width_of(text) <= columns:
-        return [text]
     lines, indent = [""], " " * (len(text) - len(text.lstrip()) + 4)
     for word in re.findall(r" *[^ ]+", text):
         if lines[-1].strip() and width_of(lines[-1] + word) > columns:
@@ -3134,24 +3017,10 @@ def wrapped(text: str, columns: int) -> List[str]:
     return lines
 
 
-def coloured(line: str) -> str:
-    """A line with its status word in a colour."""
-    found = re.search(r"(?<=  )(" + "|".join(map(re.escape, COLOURS)) + r")\b", line)
-    if not found:
-        return line
-    return f"{line[:found.start()]}\033[{COLOURS[found[1]]}m{found[1]}\033[0m{line[found.end():]}"
-
-
 def printable(text: str) -> str:
     """`text` with control characters, line breaks and bytes that are no text made visible."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode()
                    for each in text)
-
-
-def cell(value: object) -> str:
-    """A value that no spreadsheet takes for a formula."""
-    text = printable(str(value))
-    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
 
 
 def now() -> str:
@@ -3162,22 +3031,21 @@ def size(count: float) -> str:
     """Bytes, for people."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
-            digits = 1 if unit != "bytes" and count < 10 else 0
-            return f"{count:.{digits}f} {unit}"
+            return f"{count:.{int(unit != 'bytes' and count < 10)}f} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
 
 
 def duration(seconds: float) -> str:
     """Seconds, for people."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else (
-        f"{seconds} s")
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else (
+        f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s")
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
     return f"{count:,} " + (noun if count == 1 else nouns or noun + "s")
+
 
 # ---- options -------------------------------------------------------------------------------
 
@@ -3357,8 +3225,8 @@ def find_password(settings: Settings) -> Settings:
     """`settings` with the password that PASS - stands for. Raises Stop(2) if there is none."""
     if settings.password != "-":
         return settings
-    password = os.environ.get("XNAT_PASS", "").rstrip("\r\n") or netrc_password(
-        settings.url, settings.user)
+    password = os.environ.get("XNAT_PASS", "").rstrip("\r\n")
+    password = password or netrc_password(settings.url, settings.user)
     if not password and sys.stdin and sys.stdin.isatty():
         with suppress(EOFError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
@@ -3417,7 +3285,7 @@ def run(settings: Settings, teller: Teller) -> int:
             teller.open_files(settings)
         programs = stack.enter_context(closing(Programs()))
         check_tools(programs, teller)
-        tree = walk(settings, teller.log, teller.walking)
+        tree = walk(settings, teller.walking)
         warn(settings, teller, readable, workdir)
         xnat = Xnat(settings, programs, teller)
         try:
@@ -3455,7 +3323,12 @@ def send_all(tree: Tree, upload: Upload) -> int:
                    WRONG_CALL, LAYOUT)
     teller.begin(tree, xnat)
     if not settings.dry_run:
-        ledger.exclude(settings.config)
+        ledger.exclude(set(settings.config) | (set() if settings.again else ledger.exclusions))
+    gone = sorted(ledger.from_here - tree.labels)
+    if gone:
+        teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent from "
+                   f"here {'have' if gone[1:] else 'has'} no folder any more ({some(gone, 5)}): see "
+                   "whether that is meant")
     for folder, trouble in look_at_strays(tree):
         teller.fail(folder, trouble)
     status, again = ALL_THERE, True
@@ -3475,14 +3348,13 @@ def send_all(tree: Tree, upload: Upload) -> int:
 def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
     """Raises Stop(2) if series would be sent that earlier runs left out: was --config forgotten?"""
     earlier = replace(settings, config=tuple(sorted(ledger.exclusions)))
-    found = [f"{session.path}/{name}" for session, name in tree.pairs()
+    found = [] if settings.again else [f"{session.path}/{name}" for session, name in tree.pairs()
              if earlier.left_out(name) and not settings.left_out(name)]
     if found:
         names = sorted({earlier.left_out(each.rpartition("/")[2]) for each in found})
         refuse("--config", f"earlier runs left out {', '.join(map(json.dumps, names))}, this one "
                f"would send {plural(len(found), 'such series', 'such series')} ({some(found, 3)}): "
-               f"give --config as before, or delete {ledger.path} if it is meant so (the server "
-               "is then asked what it has)")
+               "give --config as before, or add --again if it is meant so")
 
 
 def stop_on_signals(teller: Teller) -> None:
