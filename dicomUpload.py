@@ -1232,7 +1232,7 @@ NO_REASON = re.compile("Status page$|You can get technical details|Please contin
 
 def sentence(body: str) -> str:
     """The reason in an error page: XNAT's stands in <h3>, in newer ones in a <p>."""
-    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body)
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body[:20_000])
     found = [each for tag in ("h3", "p", "title", "h[1-6]")
              for each in re.findall(f"(?is)<{tag}[^>]*>(.*?)</{tag}>", text)] or [text]
     words = [" ".join(html.unescape(re.sub("<[^>]*>", " ", each)).split()) for each in found]
