@@ -3354,7 +3354,8 @@ def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
         names = sorted({earlier.left_out(each.rpartition("/")[2]) for each in found})
         refuse("--config", f"earlier runs left out {', '.join(map(json.dumps, names))}, this one "
                f"would send {plural(len(found), 'such series', 'such series')} ({some(found, 3)}): "
-               "give --config as before, or add --again if it is meant so")
+               f"give --config as before, or delete {ledger.path} if it is meant so (the server "
+               "is then asked what it has)")
 
 
 def stop_on_signals(teller: Teller) -> None:
