@@ -133,7 +133,8 @@ class Sentences(unittest.TestCase):
                 ("1.11: no <h3>, the reason in <p>", restlet %
                  b"<h2>Bad Request</h2><p>Session processing in progress</p>",
                  "HTTP 400, Session processing in progress"),
-                ("1.11: the status alone", restlet % b"<p style='x'>Unauthorized</p>", "HTTP 400"),
+                ("1.11: the status alone", restlet % b"<p style='x'>Unauthorized</p>",
+                 "HTTP 400, Unauthorized"),
                 ("Tomcat", b"<!doctype html><html><head><title>HTTP Status 404</title><style>p {x}"
                  b"</style></head><body><h1>HTTP Status 404</h1><hr><p><b>Type</b> Report</p>",
                  None),

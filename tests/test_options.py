@@ -53,7 +53,7 @@ for sys.argv in json.load(sys.stdin):
     ends.append((status, *texts))
 sys.__stdout__.write(json.dumps(ends))
 """
-WOULD = re.compile(r"(?m)^(\S+) +(\S+) +would send +([\d,]+) files? ")
+WOULD = re.compile(r"(?m)^(\S+) +(\S+) +would send +([\d,]+) files?\b")
 
 
 class Refusals(TreeTest):
@@ -225,7 +225,7 @@ class RememberedExclusions(Refusals):
         """The run stops with 2 before a byte leaves, and says how to mean it."""
         before = len(server.imports())
         ran = self.upload(server, *options)
-        self.assert_refused(ran, 2, "--config", '"scout"', "007/pre/SCOUT", "delete",
+        self.assert_refused(ran, 2, "--config", '"scout"', "007/pre/SCOUT",
                             str(self.work / "dicomUpload.ledger"))
         self.assertEqual(len(server.imports()), before)
         return ran
@@ -233,14 +233,14 @@ class RememberedExclusions(Refusals):
     def test_fewer_exclusions_stop_the_run_until_the_ledger_is_deleted(self) -> None:
         with self.xnat() as server:
             self.run_it(server, "--config", self.config("scout"), status=0, posts=2)
-            for options in ((), ("--again",), ("--dry-run",), ("--overwrite-files",),
+            for options in ((), ("--dry-run",), ("--overwrite-files",),
                             ("--config", self.config("T2"))):
                 with self.subTest(options):
                     self.stop(server, *options)
             self.assertEqual(len(server.stored("007_pre")), 1)
             self.run_it(server, "--config", self.config("scout"), status=0, posts=0)
-            (self.work / "dicomUpload.ledger").unlink()
-            self.run_it(server, status=0, posts=1)  # meant so: only what is missing goes
+            (self.work / "dicomUpload.ledger").unlink()  # as the message says: it is meant so
+            self.run_it(server, status=0, posts=1)
             self.assert_archived(server, "007_pre", self.tree("007/pre"))
 
     def test_more_or_broader_exclusions_are_fine_and_are_remembered_too(self) -> None:
