@@ -2477,9 +2477,6 @@ class Upload:
             jobs.append((part, self.parts.submit(self._send_part, sent, part, side_by_side)))
         for _, job in jobs:
             job.result()
-        for each in series:
-            if each.missing and not each.problems:
-                each.status = "sent"
         return [part.address for part, _ in jobs if part.address]
 
     def _cut(self, series: List[Series], opener: bool) -> Iterator[Tuple[Series, List[Image]]]:
@@ -2545,6 +2542,7 @@ class Upload:
         series.bytes += sum(each.bytes for each in part.files)
         series.zipped += made
         series.there += len(part.files)
+        series.status = "sent" if series.sent == len(series.missing) else ""
         series.seconds = time.monotonic() - series.began
 
     # Verify and note
