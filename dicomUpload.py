@@ -2470,10 +2470,17 @@ class Upload:
         # One after another, or series side by side: once the first answer has made the session.
         side_by_side = self.xnat.takes_side_by_side() and self.settings.procs > 1
         jobs: List[Tuple[Part, Any]] = []
+        lanes: Dict[int, List[Part]] = defaultdict(list)  # each in order, one part after another
         for each, images in self._cut(series, side_by_side and not addresses):
-            before = next((part for part, _ in reversed(jobs)
-                           if part.series is each or not side_by_side), None)
-            part = Part(each, images, before)
+            lane = lanes[id(each) if side_by_side else 0]
+            lane.append(Part(each, images, lane[-1] if lane else None))
+        # Of each lane the part that is posted and the next one, and of a session that is not made
+        # yet one lane: else a long series keeps all others, and other sessions, from their turn.
+        for part in filter(None, itertools.chain(*itertools.zip_longest(*lanes.values()))):
+            behind = part.before.before if part.before else (
+                jobs[0][0] if jobs and not sent.address else None)
+            if behind:
+                behind.over.wait()
             jobs.append((part, self.parts.submit(self._send_part, sent, part, side_by_side)))
         for _, job in jobs:
             job.result()
