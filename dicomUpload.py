@@ -1755,8 +1755,10 @@ class Xnat(Curl):
         `known` says that an earlier run brought it there: scripts of the site may have changed
         its Study UID since.
         """
+        waiting = [row for row in self.waiting(session) if self.status(address_of(row))]
+        if len(waiting) < len(self.waiting(session)):  # since the meeting, by an earlier commit
+            self._look_again(session, waiting)
         row = self.archived(session)
-        waiting = self.waiting(session)
         for where, found, subject, uid in [("archive", row or {}, "subject_label", "uid")] + [
                 ("prearchive", each, "subject", "tag") for each in waiting]:
             other, theirs = found.get(subject, ""), found.get(uid, "")
@@ -1926,12 +1928,18 @@ class Xnat(Curl):
             status = self.status(address)
         return status
 
-    def _gone(self, session: Session, address: str) -> str:
-        """Where a session is that left the prearchive by a commit whose answer was lost."""
+    def _look_again(self, session: Session, waiting: List[Row]) -> None:
+        """Something of a session has left the prearchive: has it come into the archive?"""
+        if self._prearchive is not None:
+            self._prearchive[session.label] = waiting
         if self._archive is not None:
             rows = table(self.ask_once(self._archive_listing())[0].json())
             self._archive.update({row.get("label", ""): row for row in rows or []
                                   if row.get("label") == session.label})
+
+    def _gone(self, session: Session, address: str) -> str:
+        """Where a session is that left the prearchive by a commit whose answer was lost."""
+        self._look_again(session, [])
         path = self.archive_path(session)
         if self.holds(path) is None:
             raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive does not "
