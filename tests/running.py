@@ -144,3 +144,22 @@ class RunningTest(UploadTest):
         (place / tool).write_text(f"#!/bin/sh\n{before}\nexec {need(self, tool)} \"$@\"\n")
         (place / tool).chmod(0o755)
         return {"PATH": f"{place}:{os.environ['PATH']}"}
+
+    def on_open(self, end: str, do: str) -> Dict[str, str]:
+        """An environment in which Python does something, with `path`, before it opens a file
+        below ROOTDIR whose path ends so."""
+        place = self.folder / "site"
+        place.mkdir(exist_ok=True)
+        lines = "\n        ".join(do.splitlines())
+        (place / "sitecustomize.py").write_text(f"""import os, sys
+
+def watch(event, given):
+    if event != "open" or not isinstance(given[0], (str, bytes)):
+        return
+    path = os.fsdecode(given[0])
+    if path.startswith({str(self.root)!r}) and path.endswith({end!r}):
+        {lines}
+
+sys.addaudithook(watch)
+""")
+        return {"PYTHONPATH": str(place)}
