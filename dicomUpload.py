@@ -536,18 +536,18 @@ def unreadable(thing: str, error: OSError) -> Trouble:
     return Trouble(f"{thing} {what}", f"{to_do}, then run again")
 
 
-def read_session(series: List[Series], tick: Callable[[int], None]) -> None:
+def read_session(series: List[Series], tick: Callable[[], None]) -> None:
     """Read the headers of a session's files, and say of each file what it is.
 
-    `tick` is told how many files have been read. Raises Trouble for two studies in one session.
+    `tick` is called for each file. Raises Trouble for two studies in one session.
     """
     blank: List[Tuple[Series, str, str]] = []  # named in the end: as DICOM, or as junk?
     shapes: Set[str] = set()
     for each in series:
         for file in each.files:
             blank += look_at(each, file)
+            tick()
         shapes |= {name_shape(image.file.name) for image in each.images}
-        tick(len(each.files))
     for each, name, why in blank:
         broken = name_shape(name) in shapes or re.search(r"\.(dcm|ima|dicom)$", name.lower())
         (each.damaged if broken else each.not_dicom).append(f"{name} {why}" if broken else
@@ -2260,7 +2260,7 @@ class Upload:
                 outcome, remembered):
             return
         with self.teller.at_work(f"reading {session.label}"):
-            read_session(series, self.teller.has_read)
+            read_session(series, self._has_read)
         if not any(each.images for each in series):
             outcome.where = "nothing to send"
             if not self.settings.dry_run:
@@ -2288,6 +2288,11 @@ class Upload:
                 outcome.address = xnat.commit(session, address)
         self._verify(outcome, place, bool(addresses))
         self._note(outcome)
+
+    def _has_read(self) -> None:
+        """A file more has been read. Raises Stopping: there may be thousands to come."""
+        self.teller.has_read()
+        self.xnat.programs.pause(0)
 
     def _foresee(self, outcome: Outcome, waiting: bool) -> None:
         """How a real run would go on from here."""
@@ -2795,9 +2800,9 @@ class Teller:
             self._at_work[self] = (f"walking: {plural(len(tree.sessions), 'session')} so far", 0.0)
         self.progress()
 
-    def has_read(self, files: int) -> None:
+    def has_read(self) -> None:
         with self._lock:
-            self._counts["read"] += files
+            self._counts["read"] += 1
 
     def plans(self, series: List[Series]) -> None:
         """A session has been read: so much of it is to be sent."""
