@@ -2270,6 +2270,7 @@ class Upload:
         place = xnat.find(session, study, bool(remembered.ended or remembered.parts))
         memory = Memory() if self.settings.again else remembered
         addresses = self._compare(outcome, memory, place)
+        outcome.address = addresses[-1] if addresses else ""
         self.teller.plans(series)
         if self.settings.dry_run:
             self._foresee(outcome, bool(addresses))
@@ -2992,8 +2993,8 @@ class Teller:
             words += [f"{len(rest)} not finished"] if rest else []
             self.line("; ".join(words) + ".")
         self._count_line(upload)
-        halves = [outcome.session.label for outcome in rest if outcome.address or any(
-            each.address for each in outcome.series)]
+        halves = [outcome.session.label for outcome in rest if outcome.where == "failed" and (
+            outcome.address or any(each.address for each in outcome.series))]
         if halves:
             self.line(f"Not whole in the prearchive, do not archive by hand: {', '.join(halves)}")
         self._tell_failures(rest)
