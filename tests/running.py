@@ -151,7 +151,7 @@ class RunningTest(UploadTest):
         place = self.folder / "site"
         place.mkdir(exist_ok=True)
         lines = "\n        ".join(do.splitlines())
-        (place / "sitecustomize.py").write_text(f"""import os, sys
+        (place / "sitecustomize.py").write_text(f"""import os, sys, time
 
 def watch(event, given):
     if event != "open" or not isinstance(given[0], (str, bytes)):
