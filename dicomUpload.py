@@ -1732,10 +1732,21 @@ class Xnat(Curl):
         """Label, subject and Study UID of a session in the archive, None if it is not there."""
         if self._archive is not None:
             return self._archive.get(session.label)
-        found = self.get(self.archive_path(session))  # no listing: ask for this one
+        row = self._fields(self.archive_path(session))  # no listing: ask for this one
+        if row is None:  # under another subject?
+            row = self._fields(f"{self.project_path}/experiments/{session.label}")
+            subject = quote((row or {}).get("subject_id", ""), safe="")
+            if subject:
+                owner = self._fields(f"{self.project_path}/subjects/{subject}") or {}
+                row = dict(row or {}, subject_label=owner.get("label") or subject)
+        return row
+
+    def _fields(self, path: str) -> Optional[Row]:
+        """The fields of the item at `path` by their lower-case names, None if it is not there."""
+        found = self.get(path)
         try:
-            fields_ = found["items"][0]["data_fields"]
-            return {"uid": str(fields_.get("UID") or "")}
+            return {key.lower(): str(value or "")
+                    for key, value in found["items"][0]["data_fields"].items()}
         except (KeyError, IndexError, TypeError, AttributeError):
             return None if found is None else {}
 
@@ -1749,11 +1760,11 @@ class Xnat(Curl):
         """What the prearchive holds under a session's label."""
         return list((self._prearchive or {}).get(session.label, []))
 
-    def find(self, session: Session, study: str, known: bool) -> Place:
+    def find(self, session: Session, study: str, known: Callable[[], bool]) -> Place:
         """Where the server has a session. Raises Trouble if the label holds something else.
 
-        `known` says that an earlier run brought it there: scripts of the site may have changed
-        its Study UID since.
+        `known` tells whether an earlier run brought it there: scripts of the site may have
+        changed its Study UID since.
         """
         row = self.archived(session)
         waiting = self.waiting(session)
@@ -1763,9 +1774,10 @@ class Xnat(Curl):
             if other and other.lower() != session.subject_label.lower():
                 raise Trouble(f"XNAT's {where} has {session.label} under subject {other}, here it "
                               f"is subject {session.subject_label}", "rename the folder")
-            if theirs and study and theirs != study and not known:
+            if theirs and study and theirs != study and not known():
                 raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
-                              f"(there {theirs}, here {study})", "rename the session folder")
+                              f"(there {theirs}, here {study})", "rename the session folder; if a "
+                              f"script of the site changes UIDs, {anew(session, True)}")
         return Place("" if row is None else self.archive_path(session), tuple(waiting))
 
     def holds(self, path: str) -> Optional[List[Scan]]:
@@ -1794,7 +1806,10 @@ class Xnat(Curl):
             scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
             if scan in uids and label in ("DICOM", "secondary"):
                 if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
-                    count = str(len(self.names(Scan(path, scan, "", 0), label)))
+                    count = str(len(self.names(Scan(path, scan, "", 0), label)) or "")
+                if not count:
+                    raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
+                                  "ask the XNAT admin to refresh its catalogs, then run again")
                 counts[scan] += int(count)
         return [Scan(path, scan, uid, counts[scan]) for scan, uid in uids.items()]
 
@@ -2219,7 +2234,7 @@ class Upload:
     def _over(self, outcome: Outcome) -> None:
         with self._lock:
             del self.active[outcome.session.path]
-            if outcome.where == "archived":
+            if outcome.where in ("archived", "there"):
                 self.whole.append(outcome.session)
         self.teller.session(outcome)
         self._count_refusals(outcome)
@@ -2248,18 +2263,19 @@ class Upload:
         session, xnat = outcome.session, self.xnat
         outcome.series = series = list_session(session, self.settings)
         remembered = self.ledger.of(session)
-        if not self.settings.dry_run and not self.settings.again and self._is_known(
-                outcome, remembered):
-            return
+        if not self.settings.again:
+            self._check_deleted(session, remembered)
+            if not self.settings.dry_run and self._is_known(outcome, remembered):
+                return
         with self.teller.at_work(f"reading {session.label}"):
             read_session(series, self.teller.has_read)
         if not any(each.images for each in series):
             outcome.where = "nothing to send"
             if not self.settings.dry_run:
-                self._note(outcome)
+                self._note(outcome, remembered)
             return
         study = next((image.study for each in series for image in each.images), "")
-        place = xnat.find(session, study, bool(remembered.ended or remembered.parts))
+        place = xnat.find(session, study, lambda: self._is_ours(series, remembered))
         memory = Memory() if self.settings.again else remembered
         addresses = self._compare(outcome, memory, place)
         self.teller.plans(series)
@@ -2279,44 +2295,66 @@ class Upload:
             with self.slots, self.teller.at_work(f"archiving {session.label}"):
                 outcome.address = xnat.commit(session, address)
         self._verify(outcome, place, bool(addresses))
-        self._note(outcome)
+        self._note(outcome, remembered)
 
     def _foresee(self, outcome: Outcome, waiting: bool) -> None:
         """How a real run would go on from here."""
         missing = any(each.missing for each in outcome.series)
         failed = any(each.problems for each in outcome.series)
-        outcome.where = ("failed" if failed else "to send" if missing or waiting else "there")
+        waiting = waiting and not self.settings.review
+        outcome.where = ("failed" if failed else "to send" if missing else
+                         "to archive" if waiting else "there")
         outcome.files = sum(each.there for each in outcome.series)
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room([image.file for image in images])
                 for _, images in self._cut(outcome.series, False)])
 
-    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
-        """Whether an earlier run has verified this very folder, and XNAT still has it.
-
-        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
-        has told. Raises Trouble if somebody has deleted it since.
-        """
-        session, xnat = outcome.session, self.xnat
-        if not memory.is_same(outcome.series):
-            return False
-        archived = xnat.archived(session) is not None
-        if memory.ended == "prearchived" and memory.path not in map(address_of,
-                                                                    xnat.waiting(session)):
-            if not archived and not xnat.status(memory.path):
+    def _check_deleted(self, session: Session, memory: Memory) -> None:
+        """Raises Trouble if somebody has deleted what an earlier run brought there: it does not
+        come back by itself."""
+        if memory.parts or memory.ended not in ("archived", "prearchived"):
+            return
+        if self.xnat.archived(session) is None:
+            if memory.ended == "archived":
+                raise Trouble("an earlier run saw it archived, and it is not there any more",
+                              anew(session))
+            if not self._waits(session, memory.path):
                 raise Trouble("it was left for review, and is neither in the prearchive nor in the "
                               "archive any more", anew(session))
-            return not archived  # its reviewer has archived it: count it there
-        if memory.ended == "archived" and not archived:
-            raise Trouble("an earlier run saw it archived, and it is not there any more",
-                          anew(session))
+
+    def _waits(self, session: Session, address: str) -> bool:
+        """Whether a session is in the prearchive at this address."""
+        here = map(address_of, self.xnat.waiting(session))
+        return address in here or bool(self.xnat.status(address))
+
+    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
+        """Whether an earlier run has verified this very folder, and it is where that run saw it.
+
+        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
+        has told.
+        """
+        if not memory.is_same(outcome.series) or (
+                memory.ended == "prearchived" and not self._waits(outcome.session, memory.path)):
+            return False  # or its reviewer has archived it: count it there
         for each in outcome.series:
             each.there = memory.series[each.name][2] if each.name in memory.series else 0
             each.status = each.status or ("already there" if each.there else "no DICOM")
         outcome.where, outcome.earlier, outcome.files = memory.ended, True, memory.files
         outcome.address = memory.path
         return True
+
+    def _is_ours(self, series: List[Series], memory: Memory) -> bool:
+        """Whether the ledger knows some of these very images, or is told not to matter."""
+        return bool(memory.ended and self.settings.again) or any(
+            memory.sent(each) or self._is_unchanged(each, set(), memory) for each in series)
+
+    def _is_unchanged(self, series: Series, absent: Set[Tuple[str, str]], memory: Memory) -> bool:
+        """Whether the images of a series without those in `absent` are those that an earlier run
+        noted, by their UIDs, sizes and CRC-32s."""
+        listing, images, count, by_crc = memory.series.get(series.name, ("", "", 0, False))
+        return bool(count) and (listing == series.listing and not absent or
+                                self._images(series, absent, by_crc) == images)
 
     def _has_changed(self, outcome: Outcome) -> bool:
         """Whether names, sizes or times in the session's folder are other than when it was read."""
@@ -2337,30 +2375,41 @@ class Upload:
             return []
         held = (self.xnat.holds(place.archived) or []) if place.archived else []
         uids = {image.series for each in series for image in each.images}
-        told = any(scan.uid in uids for scan in held)  # else a script may have changed the UIDs
-        missing = self._lacking(series, held)
-        self._check_deleted(outcome, memory, missing, told)
-        if not told and held and memory.ended:
-            for each in series:
-                if each.name in memory.series:
-                    missing -= {image.key for image in each.images}
+        # Else a script may have changed the UIDs.
+        told = not held or any(scan.uid in uids for scan in held)
+        missing = self._lacking(session, series, held, memory)
+        if told and memory.ended == "archived":
+            self._check_scans(outcome, memory, missing)
+        elif not told and memory.ended:
+            missing -= self._known_images(session, series, memory)
         missing |= self._changed(series, memory, missing)
+        here, at = [address_of(row) for row in place.waiting], memory.address
         addresses = []
-        here = [address_of(row) for row in place.waiting]
-        if memory.address:
-            at = memory.address
-            if at in here or self.xnat.status(at):
-                missing = {key for key in missing if key not in self._sent(series, memory, at)}
-                addresses = [at]
-            elif held and not told:  # a commit that was not noted, and UIDs that a script changed
-                missing -= self._sent(series, memory, at)
-            elif not held:
-                self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
+        if at and self._waits(session, at):
+            missing -= self._sent(series, memory, at)
+            addresses = [at]
+        elif at and held and not told:  # a commit was not noted, and a script changed the UIDs
+            missing -= self._sent(series, memory, at)
         elif here and (missing or not held):
             missing = self._join(outcome, held, here, missing)
             addresses = here
+        elif at and not held:
+            self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
         self._set_missing(series, missing)
         return addresses
+
+    def _known_images(self, session: Session, series: List[Series], memory: Memory
+                      ) -> Set[Tuple[str, str]]:
+        """What the ledger knows of a session whose UIDs in XNAT are others: whole series."""
+        known: Set[Tuple[str, str]] = set()
+        for each in series:
+            if self._is_unchanged(each, set(), memory):
+                known |= {image.key for image in each.images}
+            elif each.name in memory.series and each.images and not self.settings.overwrite_files:
+                each.problems.append(Trouble(
+                    "has changed since it was sent, and XNAT has other UIDs: what is missing "
+                    "cannot be told", f"to send all of the session again, {anew(session, True)}"))
+        return known
 
     def _sent(self, series: List[Series], memory: Memory, address: str) -> Set[Tuple[str, str]]:
         return {key for each in series for key in memory.sent(each, address)}
@@ -2373,43 +2422,44 @@ class Upload:
             if each.images and not each.missing and not each.problems:
                 each.status = each.status or "already there"
 
-    def _lacking(self, series: List[Series], held: List[Scan]) -> Set[Tuple[str, str]]:
-        """What `held` lacks: by Series UID and count, and by names where it has a part."""
-        scans: Dict[str, List[Scan]] = defaultdict(list)
-        for scan in held:
-            scans[scan.uid].append(scan)
-        ours: Dict[str, List[Tuple[Series, Image]]] = defaultdict(list)
-        for each in series:
-            for image in each.images:
-                ours[image.series].append((each, image))
+    def _lacking(self, session: Session, series: List[Series], held: List[Scan], memory: Memory
+                 ) -> Set[Tuple[str, str]]:
+        """What `held` lacks: by Series UID and count, and by names where these differ."""
+        ours = by_series(series)
         lacking: Set[Tuple[str, str]] = set()
-        for uid, pairs in ours.items():
-            there = scans[uid] if uid else []
+        for uid, images in ours.items():
+            there = [scan for scan in held if uid and scan.uid == uid]
             count = sum(scan.files for scan in there)
-            if not count:
-                lacking |= {image.key for _, image in pairs}
-            elif count < len(pairs):
-                absent = not_among([image for _, image in pairs],
-                                   [name for scan in there for name in self.xnat.names(scan)])
-                if absent is None:
-                    for each in {id(each): each for each, _ in pairs}.values():
-                        each.problems.append(Trouble(
-                            f"XNAT has {count} of its {plural(len(pairs), 'file')}, under other "
-                            "names: which are missing cannot be told", "add --overwrite-files "
-                            "--again, and --only with this session, to send all of it again"))
-                lacking |= {image.key for image in absent or ()}
+            absent, sure = images, True
+            if count:
+                absent = []
+            if count and count != len(images):
+                absent, sure = not_among(images, self._names(there))
+                if count > len(images) and len(absent) == len(images):
+                    absent = []  # none has its name there: another program's, all that counts
+            keys = {image.key for image in absent}
+            lacking |= keys
+            concerned = [each for each in series if any(
+                image.series == uid for image in each.images)]
+            if keys and not sure and not all(
+                    self._is_unchanged(each, keys, memory) for each in concerned):
+                for each in concerned:
+                    each.problems.append(Trouble(
+                        f"XNAT has {count} of its {plural(len(images), 'file')}, under other names "
+                        f"(not {absent[0].file.name}): which are missing cannot be told",
+                        f"to send all of the session again, {anew(session, True)}"))
         return lacking
 
-    def _check_deleted(self, outcome: Outcome, memory: Memory, missing: Set[Tuple[str, str]],
-                       told: bool) -> None:
-        """A series that an earlier run saw archived and that is gone does not come back by itself."""
+    def _names(self, scans: List[Scan]) -> List[str]:
+        return [name for scan in scans for name in self.xnat.names(scan)]
+
+    def _check_scans(self, outcome: Outcome, memory: Memory, missing: Set[Tuple[str, str]]) -> None:
+        """A series that an earlier run saw archived and that is gone does not come back itself."""
         for each in outcome.series:
-            known = memory.series.get(each.name)
-            if (told and known and memory.ended == "archived" and each.images
-                    and all(image.key in missing for image in each.images)
-                    and known[1] == self._images(each, set(), known[3])):
+            if (each.images and all(image.key in missing for image in each.images)
+                    and self._is_unchanged(each, set(), memory)):
                 each.problems.append(Trouble("an earlier run saw it archived, and it is not there "
-                                             "any more", anew(outcome.session)))
+                                             "any more", anew(outcome.session, True)))
 
     def _images(self, series: Series, absent: Set[Tuple[str, str]], by_crc: bool) -> str:
         if by_crc:
@@ -2442,25 +2492,42 @@ class Upload:
               missing: Set[Tuple[str, str]]) -> Set[Tuple[str, str]]:
         """What is still missing beside what waits in the prearchive, left there by a run whose
         workdir is lost. Raises Trouble if a commit of that could only conflict."""
+        session, series = outcome.session, outcome.series
+        study = next(image.study for each in series for image in each.images)
         for address in here:
             status = self.xnat.status(address)
-            if status == "RECEIVING" and self.settings.dry_run:
-                self.teller.say(f"{outcome.session.label}: waits in the prearchive ({address}); what "
-                                "of it is there shows when it is sent")
+            built = status not in ("RECEIVING", "ERROR")  # else it tells nothing, or not all
+            if not built and self.settings.dry_run:
+                self.teller.say(f"{session.label}: waits in the prearchive ({address}); what of it "
+                                "is there shows when it is sent")
                 continue
-            if status == "RECEIVING":  # it tells what it has only once it is built
+            if not built:
                 self.xnat.build(address)
+                for row in self.xnat.rows(address) or []:
+                    if row.get("tag", study) != study:
+                        raise Trouble("the prearchive holds some of it with UIDs that a script "
+                                      f"has changed ({address}): what is missing cannot be told",
+                                      "delete that in the prearchive, then run again")
             waiting = self.xnat.holds(address) or []
-            if not self.xnat.replaces and self._overlap(held, waiting):
+            if not self.xnat.replaces and self._overlap(series, held, waiting):
                 raise Trouble(f"the prearchive holds a copy of what is archived ({address}, "
                               f"{status}), and what is missing would join it",
                               "delete that copy in the prearchive, then run again")
-            missing = missing & self._lacking(outcome.series, held + waiting)
+            missing = missing & self._lacking(session, series, held + waiting, Memory())
         return missing
 
-    def _overlap(self, held: List[Scan], waiting: List[Scan]) -> bool:
-        return any(set(self.xnat.names(one)) & set(self.xnat.names(other))
-                   for one in held for other in waiting if one.uid and one.uid == other.uid)
+    def _overlap(self, series: List[Series], held: List[Scan], waiting: List[Scan]) -> bool:
+        """Whether archive and prearchive hold the same image, by UID, name or number."""
+        ours = by_series(series)
+        for uid in {scan.uid for scan in held} & {scan.uid for scan in waiting} - {""}:
+            images = ours.get(uid, [])
+            names = [self._names([scan for scan in scans if scan.uid == uid])
+                     for scans in (held, waiting)]
+            absent = {image.key for each in names for image in not_among(images, each)[0]}
+            if (set(names[0]) & set(names[1]) or len(absent) < len(images)
+                    or images and sum(map(len, names)) > len(images)):
+                return True
+        return False
 
     # Send
 
@@ -2556,6 +2623,8 @@ class Upload:
         outcome.where = "prearchived" if "/prearchive/" in path else "archived"
         outcome.address, outcome.earlier = path, not sent
         held = self.xnat.holds(path) or []
+        if outcome.where == "prearchived" and place.archived:  # what is new waits, beside the rest
+            held += self.xnat.holds(place.archived) or []
         ours: Counter[str] = Counter(image.series for each in series for image in each.images)
         theirs: Counter[str] = Counter()
         for scan in held:
@@ -2579,11 +2648,17 @@ class Upload:
                 self.teller.say(f"{outcome.session.label}: XNAT counts {theirs[uid]} files where the "
                                 f"folder has {count}: they were there before, or came from elsewhere")
 
-    def _note(self, outcome: Outcome) -> None:
+    def _note(self, outcome: Outcome, memory: Memory) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
-        known = {each.name: (each.listing, each.fingerprint(set(), by_crc), len(each.images), by_crc)
-                 for each in outcome.series if each.status != "left out"
-                 for by_crc in [all(image.file.name in each.crcs for image in each.images)]}
+        known = {}
+        for each in outcome.series:
+            by_crc = all(image.file.name in each.crcs for image in each.images)
+            earlier = memory.series.get(each.name, ("", "", 0, False))
+            if not by_crc and earlier[0] == each.listing:  # its CRC-32s are still true
+                known[each.name] = earlier
+            elif each.status != "left out":
+                known[each.name] = (each.listing, each.fingerprint(set(), by_crc),
+                                    len(each.images), by_crc)
         self.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
                         files=outcome.files, whole=not outcome.failed(), series=known)
 
@@ -2593,31 +2668,39 @@ class Upload:
             Series(name, "") for name in session.series]) for session in self.waiting]
 
 
-def not_among(images: List[Image], names: List[str]) -> Optional[List[Image]]:
-    """The images that are not among the names of a scan's files; None if that cannot be told."""
+def by_series(series: List[Series]) -> Dict[str, List[Image]]:
+    """All images of a session by their Series UIDs."""
+    found: Dict[str, List[Image]] = defaultdict(list)
+    for each in series:
+        for image in each.images:
+            found[image.series].append(image)
+    return found
+
+
+def not_among(images: List[Image], names: List[str]) -> Tuple[List[Image], bool]:
+    """The images that are not among a scan's files by their names, and whether that is sure."""
     left = Counter(names)
-    absent: List[Image] = []
-    twins: List[Image] = []
+    # Other programs name files by their UID, and XNAT does so with a second file of one name.
+    by_uid = {uid: name for name in names for uid in re.findall(r"\d+(?:\.\d+)+", name)}
+    claims: Dict[str, List[Image]] = defaultdict(list)
     for image in images:
-        stored = stored_name(image.file.name)
-        if left[stored]:
-            left[stored] -= 1
-        else:  # a second file of one name lies there under another
-            (twins if stored in left else absent).append(image)
-    foreign = list(left.elements())
-    for image in list(absent):  # other programs name files by their UID
-        by_uid = next((name for name in foreign if image.sop in name), None)
-        if by_uid:
-            foreign.remove(by_uid)
-            absent.remove(image)
-    if not foreign and names:
-        return absent + twins
-    return absent if len(foreign) == len(twins) and twins else None
+        if image.sop in by_uid:
+            left[by_uid[image.sop]] = 0
+        else:
+            claims[stored_name(image.file.name)].append(image)
+    absent: List[Image] = []
+    sure = bool(names)
+    for name, claimed in claims.items():
+        absent += claimed[left[name]:]
+        sure = sure and left[name] in (0, len(claimed))
+        left[name] = 0
+    return absent, sure and not any(left.values())
 
 
-def anew(session: Session) -> str:
+def anew(session: Session, replacing: bool = False) -> str:
     """How to send all of a session again."""
-    return f"to send it anew, add --again --only {shlex.quote(glob.escape(session.path))}"
+    more = "--overwrite-files " if replacing else ""
+    return f"add {more}--again --only {shlex.quote(glob.escape(session.path))}"
 
 
 # ---- telling -------------------------------------------------------------------------------
@@ -2635,6 +2718,7 @@ ENDS = {
     "failed": "not there",
     "nothing to send": "nothing to send",
     "to send": "would be sent",
+    "to archive": "all of it is in the prearchive, and would be archived",
     "there": "already there",
 }
 COLOURS = {"archived": 32, "already there": 32, "in the prearchive": 33, "held back": 33,
@@ -3012,7 +3096,8 @@ class Teller:
     def _dry_end(self, upload: Upload) -> None:
         settings, ends = upload.settings, self._sessions
         words = [f"{ends[end]} {word}" for end, word in (
-            ("to send", "would be sent"), ("there", "already there"), ("failed", "failed"),
+            ("to send", "would be sent"), ("to archive", "would be archived"),
+            ("there", "already there"), ("failed", "failed"),
             ("nothing to send", "nothing to send")) if ends[end]]
         self.line(f"{plural(sum(ends[end] for end in ENDS), 'session')}: {', '.join(words)}.")
         folder = os.path.abspath(settings.workdir)
