@@ -55,6 +55,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import netrc
 import os
 import random
@@ -1208,53 +1209,93 @@ def check_zip(target: str, files: List[File]) -> Dict[str, int]:
 
 
 class Level:
-    """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
-    run has measured."""
+    """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner by what this run
+    has measured.
 
-    WEIGHT = 0.3  # of the newest measurement: a line that changes is followed within a few parts
-    MARGIN = 1.1  # no change for less: it shall not flutter
+    Costs are seconds for a byte of the images. A POST takes the line's time, which shrinks with
+    the zip, and XNAT's, which does not. curl cannot tell them apart (3 MB vanish in the system's
+    buffers at once, its bar then says 100 %), but two levels side by side do.
+    """
+
+    NEWEST = 0.3  # weight of the newest part: a line that changes is followed within a few
+    BETTER = 1.1  # no change for less: it shall not flutter
 
     def __init__(self, fixed: int) -> None:
-        self.level = 1 if fixed == AUTO else fixed
-        self.fixed = fixed != AUTO
+        self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
-        self._packing: Dict[int, float] = {}  # seconds a byte, by level
-        self._shrinking: Dict[int, float] = {}  # bytes made of a byte
-        self._posting = 0.0  # seconds a byte on the line
+        self._level = 0  # of all but the first parts, and looks at the other one
+        self._line = 1.0  # the line's share of a POST at level 0
+        self._looked = (0, 0.0)  # when, in parts, and at what cost
+        self._sums: Dict[Tuple[str, int], Tuple[float, float]] = {}
+        self._jobs = {"packing": (0, 0.0, 0.0), "posting": (0, 0.0, 0.0)}  # see `timed`
         self._lock = threading.Lock()
 
     def choose(self) -> int:
         """The level for the next part."""
         with self._lock:
-            if not self.fixed:
-                untried = [level for level in (1, 0) if self.used[level] == 0]
-                self.level = untried[0] if untried else self._better()
-            self.used[self.level] += 1
-            return self.level
+            level = self.fixed if self.fixed != AUTO else self._next()
+            self.used[level] += 1
+            return level
 
-    def _better(self) -> int:
-        other = 1 - self.level
-        cost, others = self._cost(self.level), self._cost(other)
-        return other if others * self.MARGIN < cost else self.level
+    def _next(self) -> int:
+        if not any(kind == "posting" for kind, _ in self._sums):
+            return min(1, self.used[0])  # the first one leaves at once; smaller is the safer guess
+        other, cost = 1 - self._level, self._cost(self._level, self._line)
+        if self._cost(other, self._line) * self.BETTER < cost:
+            self._sums["posting", other] = self._posting(other, self._line), 1.0
+            self._level = other
+        elif self._cost(other, float(other)) * self.BETTER < cost:  # if all goes well for it: look
+            parts, (at, before) = sum(self.used.values()), self._looked
+            if parts >= (2 * at if before / 1.5 < cost < before * 1.5 else at) + 4:
+                self._looked = parts, cost
+                return other
+        return self._level
 
-    def _cost(self, level: int) -> float:
-        return self._packing.get(level, 0.0) + self._shrinking.get(level, 1.0) * self._posting
+    def _cost(self, level: int, line: float) -> float:
+        """A byte at this level, if this is the line's share: the two overlap, but not wholly."""
+        other = self._mean("packing", 1 - level, 0.0) * (10.0 if level else 0.1)  # a guess
+        return math.hypot(self._mean("packing", level, other), self._posting(level, line))
 
-    def packed(self, level: int, given: int, made: int, seconds: float) -> None:
-        """A part of `given` bytes became a zip of `made` bytes in so many seconds."""
+    def _posting(self, level: int, line: float) -> float:
+        known = self._level if ("posting", self._level) in self._sums else 1 - self._level
+        shrinks = [1.0, 1.0 - line * (1.0 - self._mean("making", 1, 0.5))]
+        return self._mean("posting", known, 0.0) * shrinks[level] / shrinks[known]
+
+    def _mean(self, kind: str, level: int, unknown: float) -> float:
+        top, count = self._sums.get((kind, level), (unknown, 1.0))
+        return top / count
+
+    def learn(self, kind: str, level: int, value: float, count: int) -> None:
+        """Packing or posting took so many seconds, or making as many bytes, for `count` bytes."""
         with self._lock:
-            self._learn(self._packing, level, seconds / max(1, given))
-            self._learn(self._shrinking, level, made / max(1, given))
+            top, before = self._sums.get((kind, level), (0.0, 0.0))
+            old = 0.0 if kind == "posting" and level != self._level else 1.0 - self.NEWEST
+            self._sums[kind, level] = old * top + value, old * before + max(1, count)
+            shrunk = 1.0 - self._mean("making", 1, 0.5)
+            if kind == "posting" and level != self._level and shrunk > 0.1 and (
+                    kind, self._level) in self._sums:
+                ratio = self._mean(kind, 1, 0.0) / max(1e-12, self._mean(kind, 0, 0.0))
+                share = min(1.0, max(0.0, (1.0 - ratio) / shrunk))
+                self._line += (share - self._line) / 2
 
-    def posted(self, sent: int, seconds: float) -> None:
-        """A zip of `sent` bytes took so many seconds on the line."""
+    @contextmanager
+    def timed(self, kind: str, level: int, count: int) -> Iterator[None]:
+        """Learn how long this takes. Jobs of one kind share the time while they go side by side."""
+        began = self._shared(kind, 1)
+        try:
+            yield
+        except BaseException:
+            self._shared(kind, -1)
+            raise
+        self.learn(kind, level, self._shared(kind, -1) - began, count)
+
+    def _shared(self, kind: str, change: int) -> float:
         with self._lock:
-            newest = seconds / max(1, sent)
-            self._posting += (newest - self._posting) * (self.WEIGHT if self._posting else 1.0)
-
-    def _learn(self, values: Dict[int, float], level: int, newest: float) -> None:
-        values[level] = newest if level not in values else (
-            values[level] + self.WEIGHT * (newest - values[level]))
+            jobs, share, before = self._jobs[kind]
+            moment = time.monotonic()
+            share += (moment - before) / jobs if jobs else 0.0
+            self._jobs[kind] = jobs + change, share, moment
+            return share
 
 
 # ---- curl ----------------------------------------------------------------------------------
@@ -2511,13 +2552,13 @@ class Upload:
                 if series.problems:
                     return
                 series.began = series.began or time.monotonic()
-                self._pack(part, zipped)
+                level = self._pack(part, zipped)
                 if part.before:
                     part.before.over.wait()
                     if not part.before.address and part.before.series is series:
                         return  # the one before says why
                 with sent.turn(side_by_side), self.slots:
-                    self._post(sent, part, zipped, moved)
+                    self._post(sent, part, zipped, level, moved)
         except Trouble as trouble:
             series.problems.append(trouble)
         except OSError as error:
@@ -2525,24 +2566,30 @@ class Upload:
         finally:
             part.end()
 
-    def _pack(self, part: Part, zipped: str) -> None:
-        began, level, series = time.monotonic(), self.level.choose(), part.series
-        pack(series, part.files, zipped, level, self.xnat.programs)
-        given, made = sum(each.bytes for each in part.files), os.path.getsize(zipped)
-        self.level.packed(level, given, made, time.monotonic() - began)
+    def _pack(self, part: Part, zipped: str) -> int:
+        """The level at which it was packed."""
+        level, series = self.level.choose(), part.series
+        given = sum(each.bytes for each in part.files)
+        with self.level.timed("packing", level, given):
+            pack(series, part.files, zipped, level, self.xnat.programs)
+        made = os.path.getsize(zipped)
+        self.level.learn("making", level, made, given)
         self.teller.log(f"{series.folder}: {plural(len(part.files), 'file')} packed at level "
                         f"{level}, {size(given)} to {size(made)}")
+        return level
 
-    def _post(self, sent: Sent, part: Part, zipped: str, moved: Callable[[float], None]) -> None:
-        began, made, series = time.monotonic(), os.path.getsize(zipped), part.series
-        address = self.xnat.post(sent.session, series, len(part.files), zipped, moved)
-        self.level.posted(made, time.monotonic() - began)
+    def _post(self, sent: Sent, part: Part, zipped: str, level: int,
+              moved: Callable[[float], None]) -> None:
+        made, series = os.path.getsize(zipped), part.series
+        given = sum(each.bytes for each in part.files)
+        with self.level.timed("posting", level, given):
+            address = self.xnat.post(sent.session, series, len(part.files), zipped, moved)
         self.ledger.add(sent.session, "sent", series=series.name, first=part.files[0].name,
                         last=part.files[-1].name, files=part.fingerprint, address=address)
         moved(1.0)
         sent.address = part.address = series.address = address
         series.sent += len(part.files)
-        series.bytes += sum(each.bytes for each in part.files)
+        series.bytes += given
         series.zipped += made
         series.there += len(part.files)
         series.seconds = time.monotonic() - series.began
