@@ -676,9 +676,9 @@ def find_uids(source: Source, offset: int) -> Tuple[Dict[int, str], str]:
     """The UIDs of a data set, and where it is cut. What is in memory anyway is looked through up
     to the pixels, which a copy that broke has most often lost."""
     uids: Dict[int, str] = {}
-    last = 0
+    last = 0  # the tag, once the series UID is past: from there on they must ascend
     for tag, start, end in elements(source, offset, *coded(source.read(offset, 6))):
-        if end > source.size and (tag or last < SERIES):
+        if end > source.size and tag >= last:
             return uids, "ends within its pixels" if tag >= PIXELS else CUT
         if last < SERIES:
             if not tag:  # zeros: a hole

@@ -52,6 +52,11 @@ def others(explicit: bool = True, order: str = "<") -> bytes:
         SOP_CLASS_TAG, SOP_TAG, 0x00081150, 0x00081155, STUDY_TAG, SERIES_TAG))
 
 
+def implicit(*elements: Tuple[int, int]) -> bytes:
+    """Implicit elements of these tags and lengths."""
+    return b"".join(element(tag, "", bytes(length), False) for tag, length in elements)
+
+
 def encapsulated(*lengths: int) -> bytes:
     """Pixel data in fragments of these lengths, after an empty offset table."""
     return head(PIXEL_TAG, "OB", NONE) + item(b"", True) + b"".join(
@@ -95,6 +100,9 @@ FIRST = {  # what may stand before the file's own UIDs, in an explicit data set
     "an UN in a sequence": sequence(item(sequence(item(others(False)), "UN") + others())),
     "an item without its end": sequence(head(0xFFFEE000, "", NONE) + others()),
     "an end of an item too many": sequence(item(others(), True) + head(0xFFFEE00D, "", 0)),
+    "the same in an inner sequence": sequence(item(sequence(
+        item(others(), True) + head(0xFFFEE00D, "", 0)) + others())),
+    "an item with a length that reads DS": sequence(item(bytes(0x5344), True) + item(others())),
     "an implicit item": sequence(item(others(False))),
     "a private element": element(0x00070010, "LO", "PRIVATE") + element(0x00071001, "UN", b"12"),
     "a value longer than the first read": element(0x00070010, "OB", bytes(20000)),
@@ -136,6 +144,12 @@ class DicomIsReadByParsing(HeaderTest):
                                                                 OWN)
                     for name, first in FIRST.items() for syntax in ("", DEFLATED_LE)})
 
+    def test_a_tag_may_lie_across_the_end_of_what_was_read(self) -> None:
+        for size in range(7700, 7900, 2):
+            first = element(0x00070010, "OB", bytes(size)) + element(0x00070011, "OB", others()) * 2
+            with self.subTest(size):
+                self.assertEqual(self.read(image(first=first)), OWN)
+
     def test_so_it_is_in_the_other_encodings(self) -> None:
         plain = sequence(item(others(False)), "")
         self.check({
@@ -171,6 +185,9 @@ class DicomIsReadByParsing(HeaderTest):
     def test_what_is_behind_the_pixels_is_not_looked_at(self) -> None:
         self.check({str(len(tail)): (image() + tail, OWN) for tail in (
             b"\0", bytes(3), bytes(9), bytes(600), b"\xff" * 600, element(0xFFFCFFFC, "OB", b""))})
+        bare = image(without=(PIXEL_TAG,))
+        self.check({"no pixels": (bare, OWN), "a byte behind": (bare + b"\0", OWN),
+                    "no order": (bare + head(0x00080005, "OB", 9999), OWN)})
 
     def test_encapsulated_pixels_are_whole(self) -> None:
         bare = image(without=(PIXEL_TAG,))
@@ -221,6 +238,8 @@ class WhatIsDamagedSaysWhy(HeaderTest):
             "long value": image(first=element(0x00070010, "OB", bytes(90000)))[:50000],
             "declared too long": image(first=head(0x00070010, "OB", 90000)),
             "deflated": image(syntax=DEFLATED_LE)[:450],
+            "behind an item": bytes(128) + b"DICM" + element(SOP_CLASS_TAG, "UI", "1.2") + element(
+                SOP_TAG, "UI", SOP) + head(0x00081140, "SQ", NONE) + item(others()),
         }, "damaged", "ends within its header")
 
     def test_a_file_ends_within_its_pixels(self) -> None:
@@ -239,6 +258,9 @@ class WhatIsDamagedSaysWhy(HeaderTest):
         }, "damaged", "ends within its pixels")
 
     def test_a_hole_in_the_header_is_damage(self) -> None:
+        uids = element(SOP_CLASS_TAG, "UI", "1.2") + element(SOP_TAG, "UI", SOP)
+        self.check_kind({"a hole": bytes(128) + b"DICM" + uids + bytes(90)}, "damaged",
+                        "holds zeros where its header should go on")
         for size in (132, 400, 480):
             with self.subTest(size):
                 self.assertEqual(self.read(image()[:size] + bytes(9000)).kind, "damaged")
@@ -284,6 +306,16 @@ class WhatIsBlankOrSomethingElse(HeaderTest):
             "numbers of 32 bits": struct.pack("<99I", *range(8, 107)),
             "eights": b"\10\0" * 500, "big-endian eights": b"\0\10" * 500,
             "twos": b"\2\0\0\0" * 500, "a group length alone": b"\10\0\0\0\4\0\0\0" + bytes(600),
+            "no group length": implicit((0x00080000, 6), (0x00080005, 6), (0x00080008, 6)),
+            "a long first value": implicit((0x00080005, 2000), (0x00080008, 6), (0x00080010, 6)),
+            "a late first tag": implicit((0x00080100, 6), (0x00080102, 6), (0x00080104, 6)),
+            "a late third tag": implicit((0x00080005, 6), (0x00080008, 6), (0x00400008, 6)),
+            "no order": implicit((0x00080005, 6), (0x00080008, 6), (0x00080006, 6)),
+            "two tags": implicit((0x00080005, 6), (0x00080008, 6)),
+            "a third value too long": implicit((0x00080005, 6), (0x00080008, 6),
+                                               (0x00080010, 6))[:-2],
+            "a late first tag, explicit": element(0x00080100, "SH", "SOME") * 9,
+            "an unknown representation": element(0x00080005, "ZZ", "SOME") * 9,
             "._file": b"\0\5\x16\7\0\2\0\0" + bytes(600), "elf": b"\x7fELF\2\1\1\0" + bytes(99),
         }, "other")
 
@@ -309,8 +341,14 @@ class WhatIsBlankOrSomethingElse(HeaderTest):
             file.truncate(1 << 33)  # a hole: zeros
         found = read_header(self.path, 1 << 33)
         self.assertEqual(found.kind, "damaged")
-        self.assertEqual(self.read(image(first=sequence(item(part) * 200000))),
-                         OWN)
+        with open(self.path, "wb") as file:
+            file.write(bytes(128) + b"DICM")
+            for _ in range(300):
+                file.write(head(0x00070010, "OB", 50000))
+                file.seek(50000, os.SEEK_CUR)
+            file.write(image()[132:])
+        self.assertEqual(read_header(self.path, os.path.getsize(self.path)).kind, "damaged")
+        self.assertEqual(self.read(image(first=sequence(item(part) * 200000))), OWN)
 
     def test_what_cannot_be_read_is_an_error_of_the_system(self) -> None:
         self.assertRaises(FileNotFoundError, read_header, self.path, 5)
