@@ -692,7 +692,7 @@ def look_at_strays(tree: Tree) -> Iterator[Tuple[str, Trouble]]:
 
 class Header(NamedTuple):
     """What the first bytes of a file say of it."""
-    kind: str          # "DICOM", "damaged", "blank" or "other"
+    kind: str          # "DICOM", "damaged", "blank", "other"; "more" if more bytes have to tell
     sop: str = ""      # SOP Instance UID
     study: str = ""    # Study Instance UID
     series: str = ""   # Series Instance UID
@@ -700,221 +700,122 @@ class Header(NamedTuple):
 
 
 SOP_CLASS, SOP, STUDY, SERIES = UIDS = (0x00080016, 0x00080018, 0x0020000D, 0x0020000E)
-PIXELS = 0x7FE00000  # the group: integers, floats and doubles lie in it
-ITEM_END, SEQUENCE_END, UNDEFINED = 0xFFFEE00D, 0xFFFEE0DD, 0xFFFFFFFF
+PIXELS = 0x7FE00008  # as floats; 0009 are doubles, 0010 integers
+SEQUENCE_END, UNDEFINED = 0xFFFEE0DD, 0xFFFFFFFF
 SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # 4 bytes of length, at 8
-DEFLATED, DICOMDIR = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.3.10"
+DEFLATED, DICOMDIR = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.3.10"
 UNPACK = {order: struct.Struct(order + "HH2sH").unpack_from for order in "<>"}
-FIRST_READ, NEXT_READ, MOST_INFLATED = 8192, 32768, 1 << 22
-MOST_READS = 256  # more before the series UID are no header, and would take for ever
+READS = (8192, 1 << 17, 1 << 22, 1 << 26)  # bytes in all; the first is enough for nearly all files
 CUT = "ends within its header"
-POINTERS = ((b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer"),
-            (b"/annex/objects/", "is a git-annex pointer"),
-            (b"<!doctype", "is a web page"), (b"<html", "is a web page"), (b"<?xml", "is XML"))
-
-
-class Source:
-    """A file of which `head` is in memory; or what its deflated part inflates to, all in memory."""
-
-    def __init__(self, head: bytes, size: int, handle: int = -1) -> None:
-        self.head, self.size, self.handle = head, size, handle
-        self.more = True  # whether it is worth reading on
-        self.reads = 0
-
-    def read(self, offset: int, count: int) -> bytes:
-        if offset + count <= len(self.head) or self.handle < 0:
-            return self.head[offset:offset + count]
-        self.reads += 1
-        if self.reads > MOST_READS:
-            return b""
-        return os.pread(self.handle, count, offset)
-
-    def text(self, start: int, end: int) -> str:
-        """A UID: the first value, without its padding."""
-        raw = self.read(start, min(end - start, 1024))
-        return raw.partition(b"\\")[0].strip(b"\0 ").decode("latin-1")
+BLANK = ((b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer"),
+         (b"/annex/objects/", "is a git-annex pointer"),
+         (b"<!doctype", "is a web page"), (b"<html", "is a web page"), (b"<?xml", "is XML"))
 
 
 def read_header(path: str, size: int) -> Header:
-    """What a file of `size` bytes is, by its bytes, and whose. Raises OSError if unreadable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        head = os.read(handle, FIRST_READ)
-        return header_of_source(Source(head, max(size, len(head)), handle))
-    finally:
-        os.close(handle)
-
-
-def header_of_source(source: Source) -> Header:
-    if source.head[128:132] == b"DICM":
-        return read_data_set(source, 132)
-    return read_data_set(source, 0) if begins_bare(source) else no_dicom(source.head, source.size)
-
-
-def no_dicom(head: bytes, size: int) -> Header:
-    """Tells a blank file, and one that is cut before `DICM` ends, from what is something else."""
-    if not head:
-        return Header("blank", why="is empty")
-    if head.count(head[0]) == len(head):
-        byte = f"0x{head[0]:02X}" if head[0] else "zeros"
-        return Header("blank", why=f"{'begins with' if size > len(head) else 'holds'} only {byte}")
-    if 128 < len(head) < 132 and head == bytes(128) + b"DICM"[:len(head) - 128]:
-        return Header("damaged", why=CUT)
-    begin = head[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # without a byte order mark
-    for mark, why in POINTERS:
-        if begin.startswith(mark):
-            return Header("blank", why=why)
-    return Header("other")
-
-
-def coded(first: bytes) -> Tuple[str, bool]:
-    """Byte order, and whether explicit, of a data set: its first element knows it better than the
-    transfer syntax, which some writers get wrong."""
-    big = first[:1] == b"\0" and first[1:2] > b"\0"  # a group from 0001 to 00FF
-    return ">" if big else "<", first[4:6] in SHORT or first[4:6] in LONG
-
-
-def begins_bare(source: Source) -> bool:
-    """Whether it is a data set without preamble: a first tag in group 0002 or 0008, which has a
-    value representation or, as numbers may look so too, two more elements in order after it."""
-    first = source.head[:8]
-    if len(first) < 8 or first[:2] not in (b"\2\0", b"\10\0", b"\0\2", b"\0\10"):
-        return False
-    order, explicit = coded(first)
-    element, length = struct.unpack(order + "HI", first[2:])
-    if element > 0x90 or not explicit and (length > 1024 or element == 0 and length != 4):
-        return False
-    if explicit:
-        return True
-    found = list(itertools.islice(elements(source, 0, order, explicit), 3))
-    tags = [tag for tag, _, end in found if end <= source.size and tag < 0x00300000]
-    return len(tags) == 3 and tags[0] < tags[1] < tags[2]
-
-
-def read_data_set(source: Source, offset: int) -> Header:
-    """The header of a DICOM file whose first element, of group 0002 or not, is at `offset`."""
-    meta: Dict[int, str] = {}
-    for tag, start, end in elements(source, offset, *coded(source.read(offset, 6))):
-        if tag >> 16 != 0x0002 or end > source.size:
-            break
-        if tag == 0x00020002 or tag == 0x00020010:
-            meta[tag] = source.text(start, end)
-        offset = end
-    if meta.get(0x00020010) == DEFLATED:
-        source, offset = inflate(source, offset), 0
-    uids, why = find_uids(source, offset)
-    if not why:
-        why = ("" if uids.get(SOP_CLASS) and uids.get(SOP) else
-               "has no SOP Instance UID" if uids.get(SOP_CLASS) else "has no SOP Class UID")
-    if why and SOP_CLASS not in uids and meta.get(0x00020002) == DICOMDIR:
-        return Header("other")  # an index of other files
-    return Header("damaged" if why else "DICOM", uids.get(SOP, ""), uids.get(STUDY, ""),
-                  uids.get(SERIES, ""), why)
-
-
-def find_uids(source: Source, offset: int) -> Tuple[Dict[int, str], str]:
-    """The UIDs of a data set, and where it is cut. What is in memory anyway is looked through up
-    to the pixels, which a copy that broke has most often lost."""
-    uids: Dict[int, str] = {}
-    last = 0
-    for tag, start, end in elements(source, offset, *coded(source.read(offset, 6))):
-        if end > source.size and (tag or last < SERIES):
-            return uids, "ends within its pixels" if tag >= PIXELS else CUT
-        if last < SERIES:
-            if not tag:  # zeros: a hole
-                return uids, "holds zeros where its header should go on"
-            if tag in UIDS:
-                uids[tag] = source.text(start, end)
-        elif tag <= last:  # behind the data set, or not understood
-            break
-        if tag >= SERIES:
-            source.more = False
-            if tag >= PIXELS and end > start:
-                break
-            last = tag
-    return uids, ""
-
-
-def elements(source: Source, offset: int, order: str, explicit: bool
-             ) -> Iterator[Tuple[int, int, int]]:
-    """The elements of a data set, not those in its sequences: tag, start and end of the value.
-
-    One of undefined length comes with its start as end, and again if it proves to be cut. The end
-    lies behind the end of the source if that is cut; the tag is 0 if that is so within a tag.
-    """
-    data, base, at, have, size = source.head, 0, offset, len(source.head), source.size
-    depth, outer, foreign = 0, 0, 0  # an odd depth is in a sequence, an even one in an item of it
-    unpack, known = UNPACK[order], order
-    while True:
-        if at + 12 > have:
-            if base + have < size:
-                if not source.more:
-                    return
-                data, base, at = source.read(base + at, NEXT_READ), base + at, 0
-                have = len(data)
-            if at + 8 > have:
-                if base + at != size or (depth and source.more):
-                    yield outer if depth else 0, base + at, size + 1
-                return
-        group, element, vr, length = unpack(data, at)
-        tag = group << 16 | element
-        at += 8
-        if vr not in SHORT or not explicit or group == 0xFFFE:
-            length, more = long_length(data, at, order, vr if explicit and group < 0xFFFE else b"")
-            at += more
-        end = base + at + (length if length != UNDEFINED else 0)
-        if depth == 0 and group != 0xFFFE:
-            outer = tag
-            yield tag, base + at, end
-        elif end > size:
-            yield outer, base + at, end
-        if length == UNDEFINED:
-            depth += 1
-            if vr == b"UN" and explicit:  # what is in it is implicit, and little-endian
-                foreign, order, unpack, explicit = depth, "<", UNPACK["<"], False
-        elif tag == ITEM_END:
-            depth -= depth and 1 - depth % 2
-        elif tag == SEQUENCE_END:
-            depth -= depth and 2 - depth % 2
-        at = end - base
-        if depth < foreign:
-            foreign, order, unpack, explicit = 0, known, UNPACK[known], True
-
-
-def long_length(data: bytes, at: int, order: str, vr: bytes) -> Tuple[int, int]:
-    """The length of an element whose first 8 bytes end at `at`, and how many more it takes."""
-    letters = vr.isalpha() and vr.isupper()  # else it is implicit, as some writers mix them
-    (short,) = struct.unpack_from(order + "H", data, at - 2)
-    if letters and short and vr not in LONG:  # unknown: what comes new should have zeros here
-        return int(short), 0
-    at += 4 * letters
-    return int(struct.unpack(order + "I", data[at - 4:at].ljust(4, b"\0"))[0]), 4 * letters
-
-
-def inflate(source: Source, offset: int) -> Source:
-    """What the rest of a file inflates to, or the beginning of it."""
-    raw = source.read(offset, MOST_INFLATED)
-    inflater = zlib.decompressobj(15 if raw[:1] == b"\x78" else -15)  # some have a zlib header
-    parts, room = [], MOST_INFLATED
-    try:
-        for begin in range(0, len(raw), NEXT_READ):
-            parts.append(inflater.decompress(raw[begin:begin + NEXT_READ], room))
-            room -= len(parts[-1])
-            if room <= 0 or inflater.eof:
-                break
-    except zlib.error:
-        pass  # what came before the damage may hold the header
-    data = b"".join(parts)
-    whole = inflater.eof or (room > 0 and offset + len(raw) >= source.size)
-    return Source(data, len(data) if whole else 1 << 62)
-
-
-READS = (FIRST_READ,)
+    """What a file of `size` bytes is, and whose, by its bytes. Raises OSError if unreadable."""
+    data = b""
+    with open(path, "rb", buffering=0) as file:
+        for most in READS:
+            data += file.read(most - len(data))
+            header = header_of(data, max(size, len(data)))
+            if header.kind != "more":
+                return header
+    return Header("damaged", why="has a header without end")
 
 
 def header_of(data: bytes, size: int) -> Header:
-    return header_of_source(Source(data, size))
+    """The same by the first bytes of the file, which may be any. Old exports may lack `DICM`."""
+    if not data:
+        return Header("blank", why="is empty")
+    if not data.strip(data[:1]):
+        byte = f"0x{data[0]:02X}" if data[0] else "zeros"
+        return Header("blank", why=f"{'begins with' if size > len(data) else 'holds'} only {byte}")
+    at = 132 if data[128:132] == b"DICM" or (bytes(128) + b"DICM").startswith(data) else 0
+    if at or begins_bare(data, size):
+        return read_data_set(data, at, size)
+    begin = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # without a byte order mark
+    why = next((why for mark, why in BLANK if begin.startswith(mark)), "")
+    return Header("blank" if why else "other", why=why)
+
+
+def begins_bare(data: bytes, size: int) -> bool:
+    """Whether three elements in order stand at 0, the first as in data sets. Numbers do not."""
+    first = [each for each in itertools.islice(elements(data, 0, size), 3) if each[2] <= size]
+    tags = [tag for tag, _, _ in first]
+    if len(tags) < 3 or not tags[0] < tags[1] < tags[2] < 0x00300000:
+        return False
+    (group, element), length = divmod(tags[0], 1 << 16), first[0][2] - first[0][1]
+    return group in (2, 8) and element <= 0x90 and (length <= 1024 if element else length == 4)
+
+
+def read_data_set(data: bytes, at: int, size: int) -> Header:
+    """The header of a DICOM file whose first element, of group 0002 or not, is at `at`."""
+    found: Dict[int, bytes] = {}
+    for tag, start, end in elements(data, at, size):
+        if tag >> 16 != 0x0002 or end > size:
+            break
+        found[tag], at = data[start:end].rstrip(b"\0 "), end
+    if found.get(0x00020002) == DICOMDIR:
+        return Header("other")  # an index of other files
+    if found.get(0x00020010) == DEFLATED and at + 12 <= len(data):  # all of group 0002 is there
+        whole, data, at = len(data) == size, data[at:], 0
+        bits = 15 if data[:1] == b"\x78" else -15  # some have a zlib header
+        try:
+            data = zlib.decompressobj(bits).decompress(data, READS[-1])
+        except zlib.error:
+            return Header("damaged", why="cannot be inflated")
+        size = len(data) if whole and len(data) < READS[-1] else 1 << 62
+    last, why = 0, ""
+    for tag, start, end in elements(data, at, size):
+        if end > size and tag >= last:
+            why = "ends within its pixels" if tag >= PIXELS else CUT
+        elif not tag and not last:
+            why = "holds zeros where its header should go on"
+        if why or tag <= last or (tag in UIDS and end > len(data)):
+            break
+        if tag in UIDS:
+            found[tag] = data[start:end].partition(b"\\")[0].strip(b"\0 ")
+        if tag >= SERIES:  # from here on tags ascend, or are not understood; pixels are the last
+            last = tag if tag < PIXELS or end == start else 1 << 32
+    if not why and not last and len(data) < size:
+        return Header("more")
+    sop_class, sop, study, series = (found.get(tag, b"").decode("latin-1") for tag in UIDS)
+    if not why and not (sop_class and sop):
+        why = f"has no SOP {'Instance' if sop_class else 'Class'} UID"
+    return Header("damaged" if why else "DICOM", sop, study, series, why)
+
+
+def elements(data: bytes, at: int, size: int) -> Iterator[Tuple[int, int, int]]:
+    """Tag, start and end of the value of each element, not of those in sequences. An undefined
+    length counts as 0. In a cut file the last end is behind it; the tag is 0 if that is cut."""
+    first, whole, outer = data[at:at + 6], len(data) == size, 0
+    # The first element knows the encoding better than the transfer syntax, which some get wrong.
+    order = ">" if first[:1] == b"\0" and first[1:2] > b"\0" else "<"  # a group below 0100
+    inside = [(order, first[4:].isalpha() and first[4:].isupper())]  # and sequences that are open
+    data += bytes(4) if whole else b""  # the last element may have 8 bytes
+    while at + 12 <= len(data):
+        order, explicit = inside[-1]
+        group, element, vr, length = UNPACK[order](data, at)
+        tag, start = group << 16 | element, at + 8
+        if explicit and vr in SHORT and group != 0xFFFE:
+            pass  # the length is right
+        elif not explicit or group == 0xFFFE or not (vr.isalpha() and vr.isupper()):
+            (length,) = struct.unpack_from(order + "I", data, at + 4)  # some mix explicit and not
+        elif vr in LONG or not length:
+            start = at + 12
+            (length,) = struct.unpack_from(order + "I", data, at + 8)
+        at = start + (length if length != UNDEFINED else 0)
+        if group != 0xFFFE and len(inside) == 1:
+            outer = tag
+            yield tag, start, at
+        if group != 0xFFFE and length == UNDEFINED:  # an UN is implicit inside, little-endian
+            inside.append(("<", False) if vr == b"UN" else inside[-1])
+        elif tag == SEQUENCE_END and len(inside) > 1:
+            inside.pop()
+    if at > size or whole and (at < size or len(inside) > 1 and outer < SERIES):
+        yield outer if len(inside) > 1 else 0, at, size + 1
 
 
 # ---- packing -------------------------------------------------------------------------------
