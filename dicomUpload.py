@@ -174,15 +174,17 @@ class Settings:
                            "of the server too")
     command: str = ""  # the same call, without the password
 
-    def chooses(self, subject: str, name: str) -> bool:
-        """Whether --only and --shard choose this session."""
+    def matching(self, subject: str, name: str) -> Set[str]:
+        """The patterns of --only that choose this session."""
+        return {each for each in self.only if fnmatch.fnmatchcase(
+            f"{subject}/{name}", each if "/" in each else each + "/*")}
+
+    def in_shard(self, subject: str) -> bool:
+        """Whether --shard chooses this subject."""
         number, shards = self.shard
         # One form of each letter: macOS and Linux may store the same name in two.
         raw = unicodedata.normalize("NFC", subject).encode("utf-8", "surrogateescape")
-        if int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") % shards != number - 1:
-            return False
-        globs = (each if "/" in each else each + "/*" for each in self.only or ["*"])
-        return any(fnmatch.fnmatchcase(f"{subject}/{name}", each) for each in globs)
+        return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") % shards == number - 1
 
     def left_out(self, series: str) -> str:
         """The exclusion that this series' name contains, or ''."""
@@ -239,6 +241,7 @@ class Series:
     listing: str = ""  # fingerprint of its files' names, sizes and times
     files: List[File] = field(default_factory=list)
     images: List[File] = field(default_factory=list)  # those that belong on the server
+    no_data: List[str] = field(default_factory=list)  # by its name, see NO_DATA
     not_dicom: List[str] = field(default_factory=list)
     damaged: List[str] = field(default_factory=list)  # name and what is wrong with it
     packed: List[str] = field(default_factory=list)
@@ -307,6 +310,7 @@ class Tree:
     no_data: List[str] = field(default_factory=list)  # names that stand for none
     not_chosen: int = 0  # sessions
     labels: Set[str] = field(default_factory=set)  # of all sessions, chosen or not
+    idle: Set[str] = field(default_factory=set)  # patterns of --only that choose nothing
 
     def pairs(self) -> Iterator[Tuple[Session, str]]:
         return ((session, series) for session in self.sessions for series in session.series)
@@ -317,7 +321,7 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
 
     Raises Stop(2) if two folders meet in one label, a label is too long, or there is no series.
     """
-    tree, above = Tree(), []  # type: Tree, List[str]
+    tree, above = Tree(idle=set(settings.only)), []  # type: Tree, List[str]
     owners: Dict[Tuple[str, str], str] = {}
     for subject in folders_in(settings.rootdir, above, tree.no_data):
         # XNAT finds subjects without regard to case (retrieveMatchingSubject).
@@ -331,7 +335,9 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
             claim(owners, "session", Session(subject, name).label, path)
             tree.labels.add(Session(subject, name).label)
-            chosen = settings.chooses(subject, name)
+            matching = settings.matching(subject, name)
+            chosen = settings.in_shard(subject) and bool(matching or not settings.only)
+            tree.idle -= matching
             if chosen or len(tree.sample) < SAMPLE:
                 with suppress(OSError):  # reading it will say why
                     series = folders_in(path, tree.strays if chosen else [],
@@ -456,7 +462,7 @@ def list_files(series: Series) -> None:
         name = entry.path[len(series.folder) + 1:]
         try:
             if is_no_data(entry.name) and not PERHAPS_UNFINISHED.search(entry.name):
-                series.not_dicom.append(f"{name} (no data, by its name)")
+                series.no_data.append(name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 series.problems.append(Trouble(f"{name} is a link to nothing",
                                                "mend or remove it, then run again"))
@@ -510,7 +516,7 @@ def read_session(series: List[Series], tick: Callable[[], None]) -> None:
     for each in series:
         if not (each.status or each.problems or each.images):
             each.status = "copy" if each.copies else "no DICOM"
-            each.message = (f"all its images are copies: {each.copies[0]}" if each.copies else
+            each.message = (f"all its images are copies: {some(each.copies)}" if each.copies else
                             f"none of its {plural(len(each.files), 'file')} is DICOM"
                             if each.files else "is empty")
 
@@ -570,23 +576,28 @@ def find_copies(series: List[Series]) -> None:
         for image in each.images:
             owners[image.series, image.sop].append((each, image))
     for found in owners.values():
-        (first, kept), *others = sorted(found, key=lambda pair: (len(pair[1].name), pair[1].name))
-        for each, image in others:
-            name, twin = f"{each.name}/{image.name}", f"{first.name}/{kept.name}"
-            try:
-                same = image.bytes == kept.bytes and crc_of(each, image) == crc_of(first, kept)
-            except OSError as error:
-                each.problems.append(unreadable(image.name, error))
-                continue
-            if same:
-                each.images.remove(image)
-                each.copies.append(f"{name} is a copy of {twin}")
-            else:
-                trouble = Trouble(f"{twin} and {name} are two images with one SOP Instance UID "
-                                  f"({image.sop}), of which XNAT would keep one", "move one of them "
-                                  "out, or have its UIDs corrected, then run again")
-                for one in {first, each}:
-                    one.problems.append(trouble)
+        if len(found) > 1:
+            settle_copies(sorted(found, key=lambda pair: (len(pair[1].name), pair[1].name)))
+
+
+def settle_copies(found: List[Tuple[Series, File]]) -> None:
+    """Of equal files of one UID only the first stays; if they differ, all their series fail."""
+    names = [f"{series.name}/{image.name}" for series, image in found]
+    try:
+        contents = {(image.bytes, crc_of(series, image)) for series, image in found}
+    except OSError as error:
+        found[0][0].problems.append(unreadable(str(error.filename), error))
+        return
+    if len(contents) == 1:
+        for (series, image), name in list(zip(found, names))[1:]:
+            series.images.remove(image)
+            series.copies.append(f"{name} is a copy of {names[0]}")
+    else:
+        trouble = Trouble(f"{' and '.join(names)} are different images with one SOP Instance UID "
+                          f"({found[0][1].sop}), of which XNAT would keep one",
+                          "move one of them out, or have its UIDs corrected, then run again")
+        for series in dict.fromkeys(series for series, _ in found):
+            series.problems.append(trouble)
 
 
 def crc_of(series: Series, file: File) -> int:
@@ -1004,7 +1015,9 @@ def pack(folder: str, files: List[File], target: str, level: int, programs: Prog
             info = os.stat(os.path.join(folder, file.name))
         except OSError as error:
             raise unreadable(file.name, error)
-        if (info.st_size, info.st_mtime_ns) != (file.bytes, file.time_ns):
+        if info.st_size != file.bytes or info.st_mtime_ns != file.time_ns and read_header(
+                os.path.join(folder, file.name), file.bytes)[1:4] != (
+                file.sop, file.study, file.series):  # times alone are no change
             raise Trouble(f"{file.name} changed during this run", "run again when it is still")
     # -q quiet; -X no owners and times; -D no folder entries; -@ names, a line each, as input. `./`
     # keeps a name with - from being taken for an option. zip makes the file itself (one that is
@@ -2083,10 +2096,18 @@ class Upload:
                 zip_room(part.files) for part in self._cut(series, False)])
 
     def _has_changed(self, outcome: Outcome) -> bool:
-        """Whether names, sizes or times in the session's folder are other than when it was read."""
+        """Whether the session's folder is another than when it was read."""
         again = list_session(outcome.session, self.settings)
-        return {each.name: each.listing for each in again} != {
-            each.name: each.listing for each in outcome.series}
+        if [each.name for each in again] != [each.name for each in outcome.series]:
+            return True
+        for now, then in zip(again, outcome.series):
+            if now.problems or [(file.name, file.bytes) for file in now.files] != [
+                    (file.name, file.bytes) for file in then.files]:
+                return True
+            for new, old in zip(now.files, then.files):  # times alone are no change
+                if new.time_ns != old.time_ns and old.sop and crc_of(now, new) != old.crc:
+                    return True
+        return False
 
     # Compare
 
@@ -2632,19 +2653,20 @@ class Teller(Lines):
                  f"{sum(out.values()):,} left out" + (f" ({by})" if by else "")]
         if tree.not_chosen:
             lines.append(f"{plural(tree.not_chosen, 'session')} left out by --only or --shard")
-        if tree.no_data:
-            lines.append(f"{plural(len(tree.no_data), 'name')} left out that stand for no data (trash "
-                         "and the like)")
         lines += [f"{session.path} becomes session {label} of subject {session.subject_label}"
                   for session, label in zip(tree.sessions, labels)
                   if label != session.path.rstrip("/").replace("/", "_")]
         for line in lines:
             self.line(line, important=False)
+        for pattern in sorted(tree.idle):
+            self.say(f"--only {pattern}: chooses none of the sessions: give subject or "
+                     "subject/session, as the folders go")
         if tree.strays:
             self.say(f"{tree.strays[0]}: {plural(len(tree.strays), 'file')} where folders belong: "
                      "not sent")
         for stray in tree.strays:
             self.log(f"where a folder belongs: {stray}")
+        self._kinds["no data"] = len(tree.no_data)
         for path in tree.no_data:
             self.log(f"no data: {path}")
         self.line(important=False)
@@ -2698,10 +2720,11 @@ class Teller(Lines):
         for trouble in wrong:
             self.fail(name, trouble)
         for kind, names in (("damaged", series.damaged), ("packed", series.packed),
-                            ("copy", series.copies), ("not DICOM", series.not_dicom)):
+                            ("copy", series.copies), ("not DICOM", series.not_dicom),
+                            ("no data", series.no_data)):
             self._kinds[kind] += len(names)
             for each in names:
-                self._tell(f"{kind}: {name}: {each}", [])
+                self._tell(f"{kind}: {outcome.session.path}/{series.name}/{each}", [])
         if dry or need or self._has("verbose"):
             shown = printable(series.name)
             shown += " " * (self._widths[1] - width_of(shown))
@@ -2767,7 +2790,8 @@ class Teller(Lines):
             parts = ", ".join(f"{count:,} {word}" for word, count in counts.most_common())
             count = sum(counts.values())
             self.line(f"{plural(count, noun, noun.rstrip('s') + 's')}: {parts or 'none'}.")
-        parts = ", ".join(plural(count, word, {"copy": "copies"}.get(word, word))
+        parts = ", ".join(plural(count, word, {"copy": "copies", "no data":
+                          "no data by their names"}.get(word, word))
                           for word, count in self._kinds.most_common() if count)
         if parts:
             named = " (named in the log)" if self._papers.report_path else ""
@@ -2822,8 +2846,9 @@ def troubles(series: Series) -> List[Trouble]:
     alike: Dict[str, List[Trouble]] = defaultdict(list)
     for each in series.problems:
         alike[Failure("", each.what, each.to_do).kind].append(each)
-    found = [Trouble(first.what + f" (and {len(more):,} more like it)" * bool(more), first.to_do)
-             for first, *more in alike.values()]
+    found = [Trouble("; ".join(each.what for each in same[:3]) + (
+        f"; and {len(same) - 3:,} more like it" if same[3:] else ""), same[0].to_do)
+        for same in alike.values()]
     if series.damaged:
         found.append(Trouble(f"damaged: {some(series.damaged)}", "copy from the source again, then "
                              "run again; the others are sent"))
@@ -2842,7 +2867,7 @@ def detail(series: Series) -> List[str]:
     if others > 0:
         words.append(plural(others, "file") + " already there" * bool(words[1:]))
     if series.copies and series.status != "copy":
-        words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies, 2)}")
+        words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies)}")
     if series.not_dicom and series.images:
         words.append(f"{len(series.not_dicom):,} not DICOM: {some(series.not_dicom, 2)}")
     return list(filter(None, words))
@@ -3219,6 +3244,7 @@ def send_all(tree: Tree, upload: Upload) -> int:
                    "whether that is meant")
     for folder, trouble in look_at_strays(tree):
         teller.fail(folder, trouble)
+        teller.say(f"{folder}: {trouble}")
     status, again = ALL_THERE, True
     try:
         upload.go()
