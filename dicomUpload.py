@@ -179,8 +179,10 @@ class Settings:
         return {each for each in self.only if fnmatch.fnmatchcase(
             f"{subject}/{name}", each if "/" in each else each + "/*")}
 
-    def in_shard(self, subject: str) -> bool:
-        """Whether --shard chooses this subject."""
+    def chooses(self, subject: str, name: str) -> bool:
+        """Whether --only and --shard choose this session."""
+        if self.only and not self.matching(subject, name):
+            return False
         number, shards = self.shard
         # One form of each letter: macOS and Linux may store the same name in two.
         raw = unicodedata.normalize("NFC", subject).encode("utf-8", "surrogateescape")
@@ -335,9 +337,8 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
             claim(owners, "session", Session(subject, name).label, path)
             tree.labels.add(Session(subject, name).label)
-            matching = settings.matching(subject, name)
-            chosen = settings.in_shard(subject) and bool(matching or not settings.only)
-            tree.idle -= matching
+            chosen = settings.chooses(subject, name)
+            tree.idle -= settings.matching(subject, name)
             if chosen or len(tree.sample) < SAMPLE:
                 with suppress(OSError):  # reading it will say why
                     series = folders_in(path, tree.strays if chosen else [],
