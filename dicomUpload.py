@@ -2765,7 +2765,7 @@ class Teller(Lines):
             line("All is there.", at=0)
         elif again:
             fix = any(not each.to_do.startswith("run again") for each in self.failures)
-            line((f"Fix the {len(self.failures):,} above, then run" if fix else "Run") +
+            line(("Fix what failed, then run" if fix else "Run") +
                  f" the same command again to finish: {upload.settings.command}")
 
     def _tell_failures(self) -> None:
