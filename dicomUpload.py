@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,
-verified, nothing twice. Run it again, from anywhere, until it says all is there.
+verified, nothing twice. Run it again, from anywhere, until all of it is there.
 
     ROOTDIR                     in XNAT
     +-- 007                     subject 007
