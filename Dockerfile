@@ -7,7 +7,7 @@ FROM ubuntu:24.04
 
 LABEL org.opencontainers.image.title="dicomUpload" \
       org.opencontainers.image.description="Uploads folders of dicom series to XNAT" \
-      org.opencontainers.image.version="0.1"
+      org.opencontainers.image.version="2.0"
 
 # No versions: Ubuntu's archive keeps only the newest of each, so a pinned build soon fails.
 # hadolint ignore=DL3008

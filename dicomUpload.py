@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,
-verified, nothing twice. Run it again, from anywhere, until it says all is there.
+verified, nothing twice. Run it again, from anywhere, until all of it is there.
 
     ROOTDIR                     in XNAT
     +-- 007                     subject 007
@@ -2766,7 +2766,7 @@ class Teller(Lines):
             line("All is there.", at=0)
         elif again:
             fix = any(not each.to_do.startswith("run again") for each in self.failures)
-            line((f"Fix the {len(self.failures):,} above, then run" if fix else "Run") +
+            line(("Fix what failed, then run" if fix else "Run") +
                  f" the same command again to finish: {upload.settings.command}")
 
     def _tell_failures(self) -> None:
