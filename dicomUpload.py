@@ -998,7 +998,8 @@ class Workdir:
                 if not self._promised:
                     free = size(shutil.disk_usage(self.zips).free)
                     raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
-                                  f"{free})", "make room, lower --max-files, or choose another --workdir")
+                                  f"{free})", "make room, lower --max-files, or choose another "
+                                  "--workdir")
                 self._room.wait()
             self._promised += need
         target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
@@ -1415,8 +1416,8 @@ MEANINGS = (
     Meaning("modality", NO, "XNAT has a session of another modality under this label: rename the "
             "folder"),
     Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the "
-            "session in the prearchive, then run again; if they are newer here, --overwrite-files replaces "
-            "XNAT's"),
+            "session in the prearchive, then run again; if they are newer here, --overwrite-files "
+            "replaces XNAT's"),
     Meaning("another subject|session subject", NO, "the label belongs to another subject: rename "
             "the folder"),
     Meaning("session uid", NO, "XNAT has another study under this label: rename the folder"),
@@ -2043,9 +2044,10 @@ class Sender:
     def send(self, outcome: Outcome, addresses: List[str]) -> List[str]:
         """POST what is missing, part by part; the addresses where the session lies now."""
         side_by_side = self.xnat.takes_side_by_side() and self.xnat.settings.procs > 1
-        lanes: Dict[object, List[Part]] = defaultdict(list)  # one after another in each
+        # In each lane one after another: what goes into one scan must not meet there.
+        lanes: Dict[str, List[Part]] = defaultdict(list)
         for part in self.cut(outcome.series, side_by_side and self.alone and not addresses):
-            lanes[part.series if side_by_side else outcome].append(part)
+            lanes[part.files[0].series if side_by_side else ""].append(part)
         jobs = []
         for lane in lanes.values():
             jobs.append(self.lanes.submit(self.xnat.programs.guarded, self._send_lane, outcome,
@@ -2354,7 +2356,8 @@ class Upload:
                 outcome.trouble = outcome.trouble if uid else trouble
             elif theirs[uid] > count:
                 self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
-                                f"folder has {count}: they were there before, or came from elsewhere")
+                                f"folder has {count}: they were there before, or came from "
+                                "elsewhere")
 
     def _note(self, outcome: Outcome) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
@@ -3251,8 +3254,7 @@ def send_all(tree: Tree, upload: Upload) -> int:
     gone = sorted(ledger.from_here - tree.labels)
     if gone:
         teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent "
-                   f"from here {'have' if gone[1:] else 'has'} no folder any more ({some(gone, 5)}): "
-                   "see whether that is meant")
+                   f"from here have no folder any more ({some(gone, 5)}): see whether that is meant")
     for folder, trouble in look_at_strays(tree):
         teller.fail(folder, trouble)
         teller.say(f"{folder}: {trouble}")
