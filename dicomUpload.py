@@ -3254,7 +3254,8 @@ def send_all(tree: Tree, upload: Upload) -> int:
     gone = sorted(ledger.from_here - tree.labels)
     if gone:
         teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent "
-                   f"from here have no folder any more ({some(gone, 5)}): see whether that is meant")
+                   f"from here have no folder any more ({some(gone, 5)}): see "
+                   "whether that is meant")
     for folder, trouble in look_at_strays(tree):
         teller.fail(folder, trouble)
         teller.say(f"{folder}: {trouble}")
