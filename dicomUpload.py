@@ -1970,10 +1970,6 @@ class Comparison:
     def _recall(self, series: Series) -> None:
         """Hold a series against what an earlier run has archived of it."""
         listing, images, count, by_crc = self.memory.series.get(series.name, ("", "", 0, False))
-        if count and not (series.images or series.problems):
-            self.xnat.teller.say(f"{self.session.label} {series.name}: an earlier run sent "
-                                 f"{plural(count, 'image')} from it, and it has none any more: see "
-                                 "whether that is meant")
         if not (count and self.archived and self.memory.ended == "archived" and series.images):
             return
         if not self.told:  # what an earlier run verified is there
@@ -2236,6 +2232,7 @@ class Upload:
         with self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
+        self._tell_gone(outcome, known)
         addresses: List[str] = []
         if images:
             self.contents.check_label(session, images[0].study, known)
@@ -2266,6 +2263,14 @@ class Upload:
                               "does not have it", "run again to send it again")
         self._verify(outcome, images, bool(addresses))
         self._note(outcome)
+
+    def _tell_gone(self, outcome: Outcome, memory: Memory) -> None:
+        here = {each.name for each in outcome.series
+                if each.images or each.problems or each.status in ("left out", "copy")}
+        gone = [name for name, known in memory.series.items() if known[2] and name not in here]
+        if gone:
+            self.teller.say(f"{outcome.session.label}: an earlier run sent images from "
+                            f"{some(gone)}, where there are none any more: see whether that is meant")
 
     def _has_read(self) -> None:
         """One file more has been read. Raises Stopping: thousands may be to come."""
@@ -2773,12 +2778,16 @@ class Teller(Lines):
             line(f"Report: {self._papers.report_path}")
         if dry:
             line(f"Nothing was sent. To send: {upload.settings.command}")
-        elif not (self.failures or rest):
+        elif not (self.failures or rest or self.saw_only_junk()):
             line("All is there.", at=0)
         elif again:
             fix = any(not each.to_do.startswith("run again") for each in self.failures)
             line(("Fix what failed, then run" if fix else "Run") +
                  f" the same command again to finish: {upload.settings.command}")
+
+    def saw_only_junk(self) -> bool:
+        """Whether there were files, and no DICOM among them."""
+        return bool(self._kinds["not DICOM"]) and set(self._ends) == {ENDS["nothing to send"]}
 
     def _tell_failures(self) -> None:
         """Under one heading, those of one kind as one entry: what it is, below it what to do."""
@@ -3269,6 +3278,10 @@ def send_all(tree: Tree, upload: Upload) -> int:
         again = not isinstance(stop, Misplaced)
         teller.say(str(stop))
         status = getattr(stop, "status", STOPPED)
+    if teller.saw_only_junk() and not status:
+        teller.say(f"ROOTDIR {settings.rootdir}: none of its files is DICOM: is this the folder "
+                   "that holds the subjects?")
+        status = WRONG_CALL
     teller.summary(upload, again)
     return status or (SOME_FAILED if teller.failures else ALL_THERE)
 
