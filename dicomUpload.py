@@ -2270,7 +2270,8 @@ class Upload:
         gone = [name for name, known in memory.series.items() if known[2] and name not in here]
         if gone:
             self.teller.say(f"{outcome.session.label}: an earlier run sent images from "
-                            f"{some(gone)}, where there are none any more: see whether that is meant")
+                            f"{some(gone)}, where there are none any more: see whether that "
+                            "is meant")
 
     def _has_read(self) -> None:
         """One file more has been read. Raises Stopping: thousands may be to come."""
