@@ -2250,6 +2250,7 @@ class Upload:
     def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
         """Post parts one after another, the next one packed meanwhile; the addresses."""
         addresses = []
+        packed: Any = None
         try:
             packed = self.packers.submit(self._pack, parts[0])
             for number, part in enumerate(parts, 1):
@@ -2268,6 +2269,8 @@ class Upload:
                         problems.append(trouble)
         finally:
             outcome.answered.set()
+            if packed:  # after a stop nobody takes it: others wait for its room
+                packed.add_done_callback(lambda job: job.exception() or job.result()[1].close())
         return addresses
 
     def _pack(self, part: Part) -> Tuple[str, ExitStack]:
