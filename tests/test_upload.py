@@ -316,6 +316,51 @@ class Stops(RunningTest):
             self.assertNotIn("", {row["message"] for row in self.report()})
 
 
+# ---- What is not there -----------------------------------------------------------------------
+
+class WhatIsNotThere(RunningTest):
+    """It is in the exit status, on the screen and in the report."""
+
+    def test_the_last_words_of_a_whole_upload_are_that_all_is_there(self) -> None:
+        self.tree("007/pre/A_0001")
+        (self.root / "007/pre/T2").mkdir()
+        (self.root / "007/notes.txt").write_text("words " * 99)
+        with self.xnat() as server:
+            for _ in range(2):
+                ran = self.upload(server)
+                self.assertEqual(ran.status, 0, ran.text)
+                self.assertIn("\nAll is there.\n", ran.out)
+                self.assertIn("007/notes.txt: 1 file where folders belong", ran.err)
+        self.assertEqual(self.statuses(), "already there, no DICOM")
+
+    def test_images_without_a_series_folder_are_a_failure_by_name_but_not_of_a_slice_of_others(
+            self) -> None:
+        self.tree("007/pre/A_0001", "008/pre/A_0001")
+        (self.root / "007/pre/A_0001/IM0001.dcm").rename(self.root / "007/pre/IM0001.dcm")
+        (self.root / "007/pre/A_0001/IM0002.dcm").rename(self.root / "007/IM0002.dcm")
+        self.tree("007/pre/A_0001", files=1)
+        with self.xnat() as server:
+            self.assertEqual(self.upload(server, "--only", "008").status, 0)
+            for options in ((), ("--dry-run",)):
+                ran = self.upload(server, *options)
+                self.assertEqual(ran.status, 1, ran.text)
+                for name in ("007/pre: 1 DICOM file where folders belong (IM0001.dcm)",
+                             "007: 1 DICOM file where folders belong (IM0002.dcm)"):
+                    self.assertIn(name, ran.out)
+                self.assertNotIn("All is there", ran.out)
+
+    def test_the_report_says_of_each_series_what_became_of_its_session(self) -> None:
+        self.tree()
+        with self.xnat() as server:
+            server.fail("error page", COMMIT, status=500, text="FAILED: no, thanks")
+            ran = self.upload(server)
+        self.assertEqual(ran.status, 1, ran.text)
+        self.assertEqual(self.statuses(), "sent, sent")
+        for row in self.report():
+            self.assertIn("FAILED: no, thanks", row["message"])
+            self.assertIn("/data/prearchive/projects/BRAIN/", row["server's address"])
+
+
 # ---- Where it tells --------------------------------------------------------------------------
 
 class WhoListens(RunningTest):
@@ -481,6 +526,16 @@ class WhatItTakes(RunningTest):
             self.upload_watched(server)
             self.assertEqual({Path(line).parent.parent.parent.name for line in self.opened()},
                              {"007"})
+
+    def test_many_links_to_folders_cost_no_minutes(self) -> None:
+        self.tree("007/pre/A_0001")
+        for number in range(1000):
+            other = self.folder / "elsewhere" / str(number)
+            other.mkdir(parents=True)
+            (self.root / "007/pre/A_0001" / f"l{number}").symlink_to(other)
+        with self.xnat() as server:
+            ran = self.upload(server, timeout=60)  # each with each took minutes
+            self.assertEqual(ran.status, 0, ran.text[-500:])
 
     def test_memory_stays_under_60_mb_for_20_000_series(self) -> None:
         self.memory(subjects=20, sessions=10, series=100)
