@@ -381,8 +381,16 @@ def leads_back(entry: os.DirEntry[str]) -> bool:
 
 def lies_in(path: str, folder: str) -> bool:
     """Whether `path` is `folder`, or lies in it."""
-    folder = os.path.join(os.path.realpath(folder), "")
-    return os.path.join(os.path.realpath(path), "").startswith(folder)
+    return real_path(path).startswith(real_path(folder))
+
+
+def overlap(real: str, others: List[str]) -> bool:
+    """Whether a folder is one of the others, or lies in one, or one in it."""
+    return any(real.startswith(each) or each.startswith(real) for each in others)
+
+
+def real_path(path: str) -> str:
+    return os.path.join(os.path.realpath(path), "")
 
 
 def clean_label(text: str) -> str:
@@ -455,7 +463,7 @@ def list_files(series: Series) -> None:
     """One pass over the folders below a series folder. Links are followed, each folder once."""
     entries = list(os.scandir(series.folder))
     links: List[Tuple[str, os.DirEntry[str]]] = []  # to folders: after all real ones, by path
-    read = [series.folder]  # folders that link to each other have paths without end
+    read = [real_path(series.folder)]  # folders that link to each other have paths without end
     while entries or links:
         linked = not entries
         entry = heapq.heappop(links)[1] if linked else entries.pop()
@@ -473,11 +481,10 @@ def list_files(series: Series) -> None:
                 series.not_dicom.append(f"{name} (no regular file)")
             elif entry.is_symlink() and not linked:
                 heapq.heappush(links, (entry.path, entry))
-            elif linked and any(lies_in(entry.path, each) or lies_in(each, entry.path)
-                                for each in read):
+            elif linked and overlap(real_path(entry.path), read):
                 series.not_dicom.append(f"{name} (a link to a folder that is read already)")
             else:
-                read += [os.path.realpath(entry.path)] if linked else []
+                read += [real_path(entry.path)] if linked else []
                 entries += os.scandir(entry.path)
         except OSError as error:
             series.problems.append(unreadable(name, error))
