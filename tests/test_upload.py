@@ -346,7 +346,7 @@ class WhatIsNotThere(RunningTest):
                 self.assertEqual(ran.status, 1, ran.text)
                 for name in ("007/pre: 1 DICOM file where folders belong (IM0001.dcm)",
                              "007: 1 DICOM file where folders belong (IM0002.dcm)"):
-                    self.assertIn(name, ran.out)
+                    self.assertIn(name, ran.text)
                 self.assertNotIn("All is there", ran.out)
 
     def test_the_report_says_of_each_series_what_became_of_its_session(self) -> None:
