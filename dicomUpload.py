@@ -382,8 +382,16 @@ def leads_back(entry: os.DirEntry[str]) -> bool:
 
 def lies_in(path: str, folder: str) -> bool:
     """Whether `path` is `folder`, or lies in it."""
-    folder = os.path.join(os.path.realpath(folder), "")
-    return os.path.join(os.path.realpath(path), "").startswith(folder)
+    return real_path(path).startswith(real_path(folder))
+
+
+def overlap(real: str, others: List[str]) -> bool:
+    """Whether a folder is one of the others, or lies in one, or one in it."""
+    return any(real.startswith(each) or each.startswith(real) for each in others)
+
+
+def real_path(path: str) -> str:
+    return os.path.join(os.path.realpath(path), "")
 
 
 def clean_label(text: str) -> str:
@@ -456,7 +464,7 @@ def list_files(series: Series) -> None:
     """One pass over the folders below a series folder. Links are followed, each folder once."""
     entries = list(os.scandir(series.folder))
     links: List[Tuple[str, os.DirEntry[str]]] = []  # to folders: after all real ones, by path
-    read = [series.folder]  # folders that link to each other have paths without end
+    read = [real_path(series.folder)]  # folders that link to each other have paths without end
     while entries or links:
         linked = not entries
         entry = heapq.heappop(links)[1] if linked else entries.pop()
@@ -474,11 +482,10 @@ def list_files(series: Series) -> None:
                 series.not_dicom.append(f"{name} (no regular file)")
             elif entry.is_symlink() and not linked:
                 heapq.heappush(links, (entry.path, entry))
-            elif linked and any(lies_in(entry.path, each) or lies_in(each, entry.path)
-                                for each in read):
+            elif linked and overlap(real_path(entry.path), read):
                 series.not_dicom.append(f"{name} (a link to a folder that is read already)")
             else:
-                read += [os.path.realpath(entry.path)] if linked else []
+                read += [real_path(entry.path)] if linked else []
                 entries += os.scandir(entry.path)
         except OSError as error:
             series.problems.append(unreadable(name, error))
@@ -2070,6 +2077,7 @@ class Sender:
     def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
         """Post parts one after another, the next one packed meanwhile; the addresses."""
         addresses = []
+        packed: Any = None
         try:
             packed = self.packers.submit(self._pack, parts[0])
             for number, part in enumerate(parts, 1):
@@ -2088,6 +2096,8 @@ class Sender:
                         problems.append(trouble)
         finally:
             outcome.answered.set()
+            if packed:  # after a stop nobody takes it: others wait for its room
+                packed.add_done_callback(lambda job: job.exception() or job.result()[1].close())
         return addresses
 
     def _pack(self, part: Part) -> Tuple[str, ExitStack]:

@@ -27,7 +27,7 @@ from typing import Any, Iterator, List
 from tests.dicom import uid, write_series
 from tests.support import SCRIPT, need
 from tests.support import load_tests as load_tests  # these mostly wait: all at a time
-from tests.test_signals_and_disk import RunningTest, until
+from tests.running import RunningTest, until
 from tests.xnat_standin import Standin
 
 ONCE = True  # the Python that it runs on makes no difference

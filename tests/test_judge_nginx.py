@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 from tests.support import Ran, missing, need
-from tests.test_fault_table import AGAIN, FaultTest
-from tests.test_signals_and_disk import until
+from tests.running import AGAIN, RunningTest, until
 from tests.xnat_standin import Standin
 
 ONCE = True  # the Python that it runs on makes no difference
@@ -170,7 +169,7 @@ class Nginx:
         shutil.rmtree(str(self.folder), ignore_errors=True)
 
 
-class NginxTest(FaultTest):
+class NginxTest(RunningTest):
     """A class with a stand-in and an nginx; each test finds both as new."""
 
     server: Standin

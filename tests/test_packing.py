@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,8 +16,8 @@ from typing import Callable, Dict, List, Tuple
 
 import dicomUpload
 from tests.dicom import uid, write_series
-from tests.running import AGAIN, HELD, HELD_BY_PERMISSIONS, IMPORT, RunningTest
-from tests.support import ROOT, need, sealed_environment
+from tests.running import AGAIN, HELD, HELD_BY_PERMISSIONS, IMPORT, RunningTest, until
+from tests.support import ROOT, need
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 
 # The program on a file system that knows no locks.
@@ -57,7 +58,7 @@ class Programs(RunningTest):
         with self.xnat() as server:
             ran = self.upload(server, environment=self.shim("zip", once))
             self.assertEqual(ran.status, 1, ran.text)
-            self.assertRegex(ran.out, r"A_0001 +not sent +zip failed \(exit -9\): run again")
+            self.assertRegex(ran.out, r"A_0001 +not sent +zip failed \(exit -9\)")
             self.assertEqual(self.statuses(), "not sent, sent")
             self.tidy(ran)
             self.assert_alone()
@@ -146,7 +147,7 @@ class TheWorkdir(RunningTest):
             second = self.upload(server)
             second_ended.set()
             self.assertEqual(second.status, 3, second.text)
-            self.assertRegex(second.err, "workdir .*in use by another run: ")
+            self.assertRegex(second.err, "workdir .*in use by another run .*: wait")
             ran = self.ended(process, 60)
             self.assertEqual(ran.status, 0, ran.text)
             self.assertEqual(len(server.imports()), 2)
@@ -205,7 +206,7 @@ class TheWorkdir(RunningTest):
         self.small_disk("1m")
         with self.xnat() as server:
             self.run_it(server, status=1, posts=2, commits=1,
-                        words=f"too full .*needs 3.* MB, has .*B.*--max-files | {HELD}")
+                        words=f"too full .*needs 3.* MB, has .*B | lower --max-files | {HELD}")
             self.assertEqual(self.statuses(), "not sent, sent, sent")
             # Smaller parts fit where a whole series does not, one after another.
             self.run_it(server, "--max-files", "1", status=0, posts=6, commits=1)
@@ -217,6 +218,25 @@ class TheWorkdir(RunningTest):
         self.small_disk("3m")
         with self.xnat(seconds_per_file=0.1) as server:
             self.run_it(server, "--procs", "4", status=0, posts=5, commits=5)
+            self.assert_whole(server)
+
+    def test_a_stop_ends_a_run_of_which_zips_wait_for_room(self) -> None:
+        self.big_series("001/pre/A_0001", 0.3, files=4)
+        self.big_series("002/pre/A_0001", 1.2)  # needs all of it, and comes late
+        self.small_disk("1500k")
+        late = self.on_open("002/pre/A_0001/IM0001.dcm", "time.sleep(0.5)")
+        with self.xnat() as server:
+            server.fail("stall before", IMPORT, seconds=60)
+            process = self.start(self.arguments(server.url, "--max-files", "1"), late)
+            self.assertTrue(server.wait_for(server.imports, 30))
+            self.assertTrue(until(lambda: len(self.zips()) == 2), "the next one is packed")
+            self.assertFalse(server.wait_for(lambda: len(server.imports()) > 1, 1))
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(self.ended(process).status, 143)
+            self.assertEqual(self.zips(), [])
+            server.faults.clear()
+            self.quiet(server)
+            self.run_it(server, "--max-files", "1", status=0)
             self.assert_whole(server)
 
     def test_a_workdir_without_a_single_free_byte_stops_the_run(self) -> None:
@@ -250,7 +270,7 @@ class TheWorkdir(RunningTest):
             ran = self.upload(server, "--procs", "1")
             self.assertEqual(ran.status, 3, ran.text)
             self.assertRegex(ran.err, r"dicomUpload: .*[Nn]o space.*make room")
-            self.assertRegex(ran.out, r"(?m)^0 of 3 sessions archived")
+            self.assertIn("\nNot finished: 007_pre, 008_pre, 009_pre\n", ran.out)
             self.assertIn("Run the same command again", ran.out)
             server.knobs.reject = ()
             filler.unlink()
@@ -294,7 +314,7 @@ CHANGES: Dict[str, Tuple[Change, str]] = {  # of the series, and how that is tol
     "vanish": (lambda series: (series / "IM0002.dcm").unlink(), "IM0002.dcm does not exist"),
     "gone": (lambda series: shutil.rmtree(str(series)), "IM0001.dcm does not exist"),
     "lock": (lambda series: (series / "IM0002.dcm").chmod(0), "IM0002.dcm could not be read"),
-    "shut": (lambda series: series.chmod(0), "IM0001.dcm cannot be read .*permission"),
+    "shut": (lambda series: series.chmod(0), "IM0001.dcm cannot be read .*Permission"),
 }
 
 
@@ -344,9 +364,11 @@ class FilesThatChangeOnTheWay(RunningTest):
             self) -> None:
         out, statuses = self.play("A", "C_0003")  # A is in the server, and B is packed meanwhile
         self.assertEqual(self.ran.status, 1, self.ran.text)
-        self.assertEqual(self.archived, set())
+        self.assertEqual(self.archived, {"007_rewrite"}, "what is packed is what is there")
         for name, (_, words) in CHANGES.items():
             with self.subTest(name):
+                if name == "rewrite":
+                    continue
                 self.assertEqual(statuses[name], "sent, sent, not sent")
                 self.assertRegex(out, f"007_{name} +C_0003 +not sent +{words}")
                 self.assertRegex(out, f"(?m)^007_{name} +{HELD}")
@@ -408,8 +430,9 @@ class TheZip(unittest.TestCase):
         with zipfile.ZipFile(str(self.zip), "w") as archive:
             for name, data in content.items():
                 archive.writestr(name, data)
-        return dicomUpload.check_zip(str(self.zip), [dicomUpload.File(name, 3, 0)
-                                                     for name in names])
+        files = [dicomUpload.File(name, 3, 0) for name in names]
+        dicomUpload.check_zip(str(self.zip), files)
+        return {file.name: file.crc for file in files}
 
     def test_a_zip_that_holds_what_it_should_gives_each_files_crc(self) -> None:
         self.assertEqual(self.check("a", "b", a=b"abc", b=b"123"),
@@ -420,7 +443,7 @@ class TheZip(unittest.TestCase):
                 ("one is missing", "ab", {"a": b"abc"}, "b"),
                 ("one is cut", "ab", {"a": b"abc", "b": b"12"}, "b"),
                 ("one has grown", "ab", {"a": b"abc1", "b": b"123"}, "a"),
-                ("there is one more", "a", {"a": b"abc", "x": b"123"}, "a"),
+                ("there is one more", "a", {"a": b"abc", "x": b"123"}, "x"),
                 ("it is empty", "ab", {}, "a")):
             with self.subTest(what), self.assertRaises(dicomUpload.Trouble) as caught:
                 self.check(*wanted, **content)
@@ -440,15 +463,13 @@ class TheZip(unittest.TestCase):
             file = self.folder / "series" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(name.encode())
-        series = dicomUpload.Series("S", str(self.folder / "series"))
         files = []
         for name in names:
             info = os.stat(str(self.folder / "series" / name))
             files.append(dicomUpload.File(name, info.st_size, info.st_mtime_ns))
         with contextlib.closing(dicomUpload.Programs()) as programs:
-            programs._environment = sealed_environment(self.folder)
-            dicomUpload.pack(series, files, str(self.zip), 1, programs)
-        self.assertEqual(set(series.crcs), set(names))
+            dicomUpload.pack(str(self.folder / "series"), files, str(self.zip), 1, programs)
+        self.assertTrue(all(file.crc >= 0 for file in files))
 
     def test_the_room_that_is_asked_for_is_enough_for_any_zip(self) -> None:
         files = [dicomUpload.File("x" * 255, 10, 0)] * 500

@@ -4,8 +4,8 @@ completes. Then what a run may take: files opened, memory."""
 
 import contextlib
 import os
+import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,9 +13,9 @@ import unittest
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
-from tests.dicom import dicom_file, uid, write_series
+from tests.dicom import uid, write_series
 from tests.running import COMMIT, HELD, IMPORT, RunningTest, until
-from tests.support import ROOT, SCRIPT, Ran, variation
+from tests.support import ROOT, Ran, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -131,7 +131,8 @@ class AtAnyMoment(RunningTest):
             self.tidy(ran)
             if moment is not while_meeting:
                 self.assertIn("Report: ", ran.out, "no summary")
-                self.assertRegex(ran.out, "(?m)^0 of 1 session archived.*1 not finished")
+                self.assertRegex(ran.out, "(?m)^1 session: 1 not finished")
+                self.assertIn("\nNot finished: 007_pre\n", ran.out)
                 self.assertIn("Run the same command again", ran.out)
                 # While XNAT archives it, or it is counted there, nobody could archive half of it.
                 self.assertEqual(self.statuses(), {
@@ -210,7 +211,7 @@ class OtherSignals(RunningTest):
             self.assert_whole(server)
 
     def test_a_signal_that_comes_where_python_drops_exceptions_still_stops_the_run(self) -> None:
-        self.tree()
+        self.tree()  # which is looked at four times a second; the upload takes longer
         program = ("import os, signal, sys, time, dicomUpload\n"
                    "class Late:\n"
                    "    def __del__(self):\n"
@@ -223,12 +224,13 @@ class OtherSignals(RunningTest):
                    "dicomUpload.Xnat.meet = meet\n"
                    "sys.exit(dicomUpload.main())")
         with self.xnat() as server:
+            server.fail("stall before", IMPORT, seconds=60)
             arguments = self.arguments(server.url)
             ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
                                    {"PYTHONPATH": str(ROOT)})
             self.assertEqual(ran.status, 143, ran.text)
-            self.assertEqual(server.commits(), [])
-        self.assertIn("stopped by SIGTERM", ran.err)
+            self.assertIn("stopped by SIGTERM", ran.err)
+            self.assertEqual(server.archive, {})
 
     def test_an_interrupt_within_a_long_series_is_the_reason_in_the_report(self) -> None:
         self.tree("007/pre/A_0001", "008/pre/A_0001", files=4)
@@ -243,7 +245,7 @@ class OtherSignals(RunningTest):
         self.assertEqual((first["status"], first["files"]), ("not sent", "1"))
         for row in first, second:
             self.assertIn("the run was stopped", row["message"])
-        self.assertIn("2 sessions not reached, the run was stopped: 007_pre, 008_pre", ran.out)
+        self.assertIn("\nNot finished: 007_pre, 008_pre\n", ran.out)
         self.assertIn("do not archive by hand: 007_pre\n", ran.out)
 
     def test_a_part_that_was_sent_but_not_noted_is_found_there_and_not_sent_again(self) -> None:
@@ -272,7 +274,7 @@ class Stops(RunningTest):
                 self.assertEqual(ran.status, 3, ran.text)
                 self.assertIn("Not whole in the prearchive, do not archive by hand: 007_pre\n",
                               ran.out)
-                self.assertRegex(ran.out, r"(?m)^0 of 2 sessions archived.*2 not finished")
+                self.assertIn("\nNot finished: 007_pre, 008_pre\n", ran.out)
                 self.assertEqual(self.statuses(), "sent, not sent, not sent")
                 self.assertEqual(server.commits(), [])
                 self.tidy(ran)
@@ -312,6 +314,51 @@ class Stops(RunningTest):
             self.assertLess(len(server.imports()), 30)
             self.assertEqual(len(self.report()), 40)
             self.assertNotIn("", {row["message"] for row in self.report()})
+
+
+# ---- What is not there -----------------------------------------------------------------------
+
+class WhatIsNotThere(RunningTest):
+    """It is in the exit status, on the screen and in the report."""
+
+    def test_the_last_words_of_a_whole_upload_are_that_all_is_there(self) -> None:
+        self.tree("007/pre/A_0001")
+        (self.root / "007/pre/T2").mkdir()
+        (self.root / "007/notes.txt").write_text("words " * 99)
+        with self.xnat() as server:
+            for _ in range(2):
+                ran = self.upload(server)
+                self.assertEqual(ran.status, 0, ran.text)
+                self.assertIn("\nAll is there.\n", ran.out)
+                self.assertIn("007/notes.txt: 1 file where folders belong", ran.err)
+        self.assertEqual(self.statuses(), "already there, no DICOM")
+
+    def test_images_without_a_series_folder_are_a_failure_by_name_but_not_of_a_slice_of_others(
+            self) -> None:
+        self.tree("007/pre/A_0001", "008/pre/A_0001")
+        (self.root / "007/pre/A_0001/IM0001.dcm").rename(self.root / "007/pre/IM0001.dcm")
+        (self.root / "007/pre/A_0001/IM0002.dcm").rename(self.root / "007/IM0002.dcm")
+        self.tree("007/pre/A_0001", files=1)
+        with self.xnat() as server:
+            self.assertEqual(self.upload(server, "--only", "008").status, 0)
+            for options in ((), ("--dry-run",)):
+                ran = self.upload(server, *options)
+                self.assertEqual(ran.status, 1, ran.text)
+                for name in ("007/pre: 1 DICOM file where folders belong (IM0001.dcm)",
+                             "007: 1 DICOM file where folders belong (IM0002.dcm)"):
+                    self.assertIn(name, ran.text)
+                self.assertNotIn("All is there", ran.out)
+
+    def test_the_report_says_of_each_series_what_became_of_its_session(self) -> None:
+        self.tree()
+        with self.xnat() as server:
+            server.fail("error page", COMMIT, status=500, text="FAILED: no, thanks")
+            ran = self.upload(server)
+        self.assertEqual(ran.status, 1, ran.text)
+        self.assertEqual(self.statuses(), "sent, sent")
+        for row in self.report():
+            self.assertIn("FAILED: no, thanks", row["message"])
+            self.assertIn("/data/prearchive/projects/BRAIN/", row["server's address"])
 
 
 # ---- Where it tells --------------------------------------------------------------------------
@@ -379,7 +426,7 @@ class WhoListens(RunningTest):
                 text = pipe.read().lstrip(b"#").decode()
             self.assertEqual(process.wait(30), 0, text)
         for number in range(30):
-            self.assertRegex(text, f"(?m)^{number:03}_s +archived, 1 file verified$")
+            self.assertRegex(text, f"(?m)^{number:03}_s +archived, 1 file verified\\b")
         self.assertRegex(text, r"(?m)^Report: \S+\.csv$")
 
     def test_closed_standard_streams_are_no_reason_to_stop(self) -> None:
@@ -409,7 +456,7 @@ class TheIdleTimer(RunningTest):
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001", "008/pre/B_0002")
         with self.xnat(**self.IDLE) as server:
             server.fail("error page", IMPORT, status=400, text="no", skip=1)  # held back
-            server.fail("stall before", IMPORT, seconds=60, skip=3)  # killed
+            server.fail("reset before", IMPORT, skip=3)  # killed
             process = begun(self, server)
             self.assertTrue(server.wait_for(lambda: len(server.imports()) == 4, 30))
             process.kill()
@@ -472,30 +519,43 @@ class WhatItTakes(RunningTest):
             # Nothing has changed: names, sizes and times say so.
             ran = self.upload_watched(server)
             self.assertEqual(self.opened(), [])
-            self.assertIn("24 of them already there", ran.out)
+            there = re.findall("(?m)^[0-9]{3}_s +already there, 3 files", ran.out)
+            self.assertEqual(len(there), 24)
             # One file has: its series is read, and no other session.
             (self.root / "007/s/T1/IM0001.dcm").touch()
             self.upload_watched(server)
             self.assertEqual({Path(line).parent.parent.parent.name for line in self.opened()},
                              {"007"})
 
-    def test_memory_stays_under_60_mb_with_fifty_times_the_sessions(self) -> None:
-        self.memory(subjects=100, sessions=10, series=10)
+    def test_many_links_to_folders_cost_no_minutes(self) -> None:
+        self.tree("007/pre/A_0001")
+        for number in range(1000):
+            other = self.folder / "elsewhere" / str(number)
+            other.mkdir(parents=True)
+            (self.root / "007/pre/A_0001" / f"l{number}").symlink_to(other)
+        with self.xnat() as server:
+            ran = self.upload(server, timeout=60)  # each with each took minutes
+            self.assertEqual(ran.status, 0, ran.text[-500:])
+
+    def test_memory_stays_under_60_mb_for_20_000_series(self) -> None:
+        self.memory(subjects=20, sessions=10, series=100)
 
     @variation
     def test_memory_stays_under_60_mb_for_200_000_series(self) -> None:
         self.memory(subjects=2000, sessions=10, series=10)
 
     def memory(self, subjects: int, sessions: int, series: int) -> None:
-        """Measure the run itself on a tree of so many names, of which a slice has files."""
-        for subject in range(subjects):
-            for session in range(sessions):
-                folder = self.root / f"subject{subject:05}" / f"session{session:02}"
-                for number in range(series):
-                    os.makedirs(str(folder / f"MPRAGE_T1_SAGITTAL_{number:04}"))
-                if subject < 5:
-                    (folder / f"MPRAGE_T1_SAGITTAL_{0:04}" / "IM1").write_bytes(dicom_file(
-                        study=uid(subject, session), series=uid(subject, session, 1), rows=1))
+        """Measure the run itself on a tree of so many names, of which a few have files."""
+        pattern = self.folder / "pattern"
+        for session in range(sessions):
+            for number in range(series):
+                os.makedirs(str(pattern / f"ses{session:02}" / f"MPRAGE_T1_SAGITTAL_{number:04}"))
+        self.root.mkdir()
+        for subject in range(subjects):  # links: they are made faster than folders
+            os.symlink(str(pattern), str(self.root / f"subject{subject:05}"))
+        for subject in range(5):
+            write_series(self.root / f"with_files_{subject}" / "ses" / "T1", study=uid(subject),
+                         files=1, rows=1)
         program = ("import resource, sys, dicomUpload\n"
                    "status = dicomUpload.main()\n"
                    "scale = 1 if sys.platform == 'darwin' else 1024\n"
@@ -507,7 +567,8 @@ class WhatItTakes(RunningTest):
             ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
                                    {"PYTHONPATH": str(ROOT)}, timeout=600)
             self.assertEqual(ran.status, 0, ran.text[-2000:])
-            self.assertEqual(len(server.archive), 5 * sessions)
+            self.assertEqual(len(server.archive), 5)
+            self.assertEqual(len(self.report()), subjects * sessions * series + 5)
         peak = int(ran.err.rpartition("PEAK ")[2]) / 1e6
         self.assertLess(peak, 60, "MB")
 
