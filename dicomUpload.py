@@ -3141,7 +3141,11 @@ def read_config(path: str) -> Tuple[str, ...]:
     except OSError as error:
         refuse_unreadable("--config", path, error)
     except (ValueError, RecursionError) as error:
-        refuse(f"--config {path}", f"is not JSON in UTF-8 ({error}): mend it there")
+        text, at = getattr(error, "doc", ""), getattr(error, "pos", 0)
+        near = text[:at].rstrip()[-1:] + text[at:].lstrip()  # where it stopped, as people see it
+        usual = ("a comma before ] or } is one too many, " if re.match(r"[^,]?,\s*[]}]", near) else
+                 "comments are not allowed, " if re.match(".?(#|//|/[*])", near, re.DOTALL) else "")
+        refuse(f"--config {path}", f"is not JSON in UTF-8 ({usual}{error}): mend it there")
     names = config.pop("Exclude", []) if isinstance(config, dict) else []
     wrong = [names] if not isinstance(names, list) else [
         each for each in names if not isinstance(each, str) or not each]
