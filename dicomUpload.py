@@ -1266,8 +1266,10 @@ class Curl:
             self.wait_to_heal(about, answer, meaning, tries, files)
         if meaning.gone and meaning_of(self.ask(
                 "GET", BUILD_INFO, seconds=min(30, self.settings.timeout))).gone:
-            raise Stop(f"{self.settings.url}: the server is gone ({meaning.means}, "
-                       f"{answer.evidence}): run again later, it goes on where it stopped")
+            gone, to_do = "the server is gone", "run again later, it goes on where it stopped"
+            if not self.cookie:  # it was never there: maybe it is somewhere else
+                gone, to_do = "the server does not answer", meaning.to_do
+            raise Stop(f"{self.settings.url}: {gone} ({meaning.means}, {answer.evidence}): {to_do}")
         return answer, meaning, tries
 
     def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
