@@ -239,8 +239,9 @@ class RunUpload(Wrapped):
         series.mkdir(parents=True)
         (series / "1.dcm").write_bytes(bytes(128) + b"DICM" + bytes(64))
         done = self.run_on_terminal(
-            [UPLOAD], self.settings(URL="http://127.0.0.1:1", USER_NAME="alice", PROJECT="P",
-                                    ROOTDIR="tree"), answer="tYped")
+            [UPLOAD, "--retries", "0"], self.settings(
+                URL="http://127.0.0.1:1", USER_NAME="alice", PROJECT="P", ROOTDIR="tree",
+                WORKDIR=str(self.home / "work")), answer="tYped")
         self.assertIn("assword", done.output)
         self.assertNotIn("tYped", done.output)
         self.assertEqual(done.status, 3, done.output)
