@@ -2186,8 +2186,8 @@ class Upload:
                 self.teller.progress()
         except BaseException as end:
             self.xnat.programs.stop()
-            if isinstance(end, RuntimeError):  # of threads or memory
-                raise Stop(f"this system starts no more threads ({end}): lower --procs")
+            if isinstance(end, RuntimeError) and "new thread" in str(end):
+                raise Stop("this system starts no more threads: lower --procs")
             raise (isinstance(end, Stopping) and self.xnat.programs.reason) or end
         finally:
             pool.shutdown()
