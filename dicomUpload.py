@@ -1266,8 +1266,10 @@ class Curl:
             self.wait_to_heal(about, answer, meaning, tries, files)
         if meaning.gone and meaning_of(self.ask(
                 "GET", BUILD_INFO, seconds=min(30, self.settings.timeout))).gone:
-            raise Stop(f"{self.settings.url}: the server is gone ({meaning.means}, "
-                       f"{answer.evidence}): run again later, it goes on where it stopped")
+            gone, to_do = "the server is gone", "run again later, it goes on where it stopped"
+            if not self.cookie:  # it was never there: maybe it is somewhere else
+                gone, to_do = "the server does not answer", meaning.to_do
+            raise Stop(f"{self.settings.url}: {gone} ({meaning.means}, {answer.evidence}): {to_do}")
         return answer, meaning, tries
 
     def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
@@ -3141,7 +3143,11 @@ def read_config(path: str) -> Tuple[str, ...]:
     except OSError as error:
         refuse_unreadable("--config", path, error)
     except (ValueError, RecursionError) as error:
-        refuse(f"--config {path}", f"is not JSON in UTF-8 ({error}): mend it there")
+        text, at = getattr(error, "doc", ""), getattr(error, "pos", 0)
+        near = text[:at].rstrip()[-1:] + text[at:].lstrip()  # where it stopped, as people see it
+        usual = ("a comma before ] or } is one too many, " if re.match(r"[^,]?,\s*[]}]", near) else
+                 "comments are not allowed, " if re.match(".?(#|//|/[*])", near, re.DOTALL) else "")
+        refuse(f"--config {path}", f"is not JSON in UTF-8 ({usual}{error}): mend it there")
     names = config.pop("Exclude", []) if isinstance(config, dict) else []
     wrong = [names] if not isinstance(names, list) else [
         each for each in names if not isinstance(each, str) or not each]

@@ -563,6 +563,18 @@ class Options(Refusals):
                 self.assertEqual(len(server.commits()), 1)
                 self.assert_archived(server, "007_pre", wanted)
 
+    def test_another_max_files_in_the_next_run_sends_only_the_rest(self) -> None:
+        wanted = self.series("007/pre/T1", files=5)
+        with self.xnat() as server:
+            server.fail("error page", "services/import", status=400, text="no", skip=1)
+            self.run_it(server, "--max-files", "2", "--procs", "1", status=1)
+            self.assertEqual(server.stored("007_pre"), sorted(wanted[:2]))
+            for most, parts in ((3, [3]), (1, [])):
+                before = len(server.imports())
+                self.run_it(server, "--max-files", str(most), "--procs", "1", status=0)
+                self.assertEqual([len(post.entries) for post in server.imports()[before:]], parts)
+            self.assert_archived(server, "007_pre", wanted)
+
     def test_compression_is_zips_level_and_auto_tries_0_and_1(self) -> None:
         for subject in ("008", "009"):
             self.series(f"{subject}/pre/T1")
@@ -659,6 +671,37 @@ class Options(Refusals):
         for status in (0, 1, 2, 3, 130, 143):
             self.assertRegex(statuses, rf"\b{status}\b")
         self.assertNotIn("--no-commit", shown)
+
+
+class Address(Refusals):
+    """URL and PROJECT, as the server sees them; the rest of the meeting is in test_meet."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.wanted = self.series("007/pre/T1", files=1)
+
+    def test_a_project_that_is_not_there_is_refused_whatever_its_name(self) -> None:
+        with self.xnat() as server:
+            self.assert_table(3, [
+                (project, self.arguments(server.url, project=project),
+                 [f"project {project}", "alice", "check its ID"])
+                for project in ("NOPE", "SECRET", "brain", "../../x", "a b?c#d%41", "\u00fc")])
+            self.assert_nothing_there(server)
+
+    def test_a_server_that_nobody_knows_or_that_is_down_is_named_with_what_to_check(self) -> None:
+        with socket.socket() as taken:  # bound and not listening: nobody else can have this port
+            taken.bind(("127.0.0.1", 0))
+            down = "http://127.0.0.1:%d" % taken.getsockname()[1]
+            self.assert_table(3, [
+                (url, self.arguments(url, *options, "--retries", "0"), [url, words, "check"])
+                for options in ((), ("--dry-run",))
+                for url, words in ((down, "nothing answers"), ("http://xnat.invalid", "name"))])
+
+    def test_capitals_slashes_at_the_end_and_a_context_path_are_fine(self) -> None:
+        with self.xnat(context_path="/Xnat") as server:
+            url = server.url.replace("http", "HTTP") + "//"
+            self.assert_says(self.run_command(self.arguments(url)), 0)
+            self.assert_archived(server, "007_pre", self.wanted)
 
 
 class Password(Refusals):
