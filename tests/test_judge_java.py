@@ -180,7 +180,8 @@ class WhatJavaReads(UploadTest):
         with self.xnat(keep=str(self.kept)) as server:
             ran = self.upload(server)
             self.assertEqual(ran.status, 1, ran.text)
-            self.assertRegex(ran.out, r"(?m)^  007_pre A_0001: bad\\x7fname .*DEL in its name\n +rename it")
+            self.assertRegex(ran.out, r"\n  007_pre A_0001: bad\\x7fname .*DEL in its name\n"
+                             " +rename it")
             for _, copy in server.kept():
                 self.assertEqual([each.name for each in self.reader.read(copy)[0]], ["good"])
 
