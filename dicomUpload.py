@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,
-verified, nothing twice. Run it again, from anywhere, until it says all is there.
+verified, nothing twice. Run it again, from anywhere, until all of it is there.
 
     ROOTDIR                     in XNAT
     +-- 007                     subject 007
@@ -179,8 +179,10 @@ class Settings:
         return {each for each in self.only if fnmatch.fnmatchcase(
             f"{subject}/{name}", each if "/" in each else each + "/*")}
 
-    def in_shard(self, subject: str) -> bool:
-        """Whether --shard chooses this subject."""
+    def chooses(self, subject: str, name: str) -> bool:
+        """Whether --only and --shard choose this session."""
+        if self.only and not self.matching(subject, name):
+            return False
         number, shards = self.shard
         # One form of each letter: macOS and Linux may store the same name in two.
         raw = unicodedata.normalize("NFC", subject).encode("utf-8", "surrogateescape")
@@ -335,9 +337,8 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
             claim(owners, "session", Session(subject, name).label, path)
             tree.labels.add(Session(subject, name).label)
-            matching = settings.matching(subject, name)
-            chosen = settings.in_shard(subject) and bool(matching or not settings.only)
-            tree.idle -= matching
+            chosen = settings.chooses(subject, name)
+            tree.idle -= settings.matching(subject, name)
             if chosen or len(tree.sample) < SAMPLE:
                 with suppress(OSError):  # reading it will say why
                     series = folders_in(path, tree.strays if chosen else [],
@@ -530,7 +531,8 @@ def read_session(series: List[Series], tick: Callable[[], None]) -> None:
 
 def look_at(series: Series, file: File) -> List[Tuple[Series, str, str]]:
     """Put one file where it belongs in its series; what is blank is returned, with the reason."""
-    name, path, base = file.name, os.path.join(series.folder, file.name), os.path.basename(file.name)
+    name, base = file.name, os.path.basename(file.name)
+    path = os.path.join(series.folder, name)
     try:
         header = read_header(path, file.bytes)
         packed = header.kind == "other" and is_packed(path)
@@ -817,11 +819,9 @@ def elements(data: bytes, at: int, size: int) -> Iterator[Tuple[int, int, int]]:
         order, explicit = inside[-1]
         group, element, vr, length = UNPACK[order](data, at)
         tag, start = group << 16 | element, at + 8
-        if explicit and vr in SHORT and group != 0xFFFE:
-            pass  # the length is right
-        elif not explicit or group == 0xFFFE or not (vr.isalpha() and vr.isupper()):
+        if not explicit or group == 0xFFFE or not (vr.isalpha() and vr.isupper()):
             (length,) = struct.unpack_from(order + "I", data, at + 4)  # some mix explicit and not
-        elif vr in LONG or not length:
+        elif vr in LONG or (not length and vr not in SHORT):
             start = at + 12
             (length,) = struct.unpack_from(order + "I", data, at + 8)
         at = start + (length if length != UNDEFINED else 0)
@@ -848,6 +848,7 @@ class Programs:
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
+        self.reason: Optional[BaseException] = None  # why a thread stopped the run
         self._lock = threading.Lock()
         self._running: Dict[int, subprocess.Popen[bytes]] = {}
         # zip takes options from two of these, and no program needs the password.
@@ -915,6 +916,16 @@ class Programs:
         with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
             os.write(self._guard.stdin.fileno(),  # type: ignore[union-attr]
                      " ".join(map(str, self._running)).encode() + b"\n")
+
+    def guarded(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Work in a thread of its own: what stops it stops the run, at once."""
+        try:
+            return work(*given)
+        except BaseException as end:
+            if not isinstance(end, Stopping):
+                self.reason = self.reason or end
+            self.stop()
+            raise
 
     def pause(self, seconds: float) -> None:
         """Wait, unless the run is being stopped."""
@@ -993,8 +1004,9 @@ class Workdir:
             while shutil.disk_usage(self.zips).free - self._promised < need:
                 if not self._promised:
                     free = size(shutil.disk_usage(self.zips).free)
-                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has {free})",
-                                  "make room, lower --max-files, or choose another --workdir")
+                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
+                                  f"{free})", "make room, lower --max-files, or choose another "
+                                  "--workdir")
                 self._room.wait()
             self._promised += need
         target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
@@ -1265,8 +1277,8 @@ class Curl:
         # a proxy's 504 the first import may go on: XNAT needs 46 to 75 ms a file.
         least = 0.15 * files if meaning.goes_on else answer.retry_after
         pause = max(least, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
-        self.teller.say(f"{about}: {meaning.means} ({answer.evidence}); trying again in {pause:.0f} "
-                        f"s ({tries} of {self.settings.retries})")
+        self.teller.say(f"{about}: {meaning.means} ({answer.evidence}); trying again in "
+                        f"{pause:.0f} s ({tries} of {self.settings.retries})")
         self.programs.pause(pause)
 
     def check_login(self, answer: Answer) -> None:
@@ -1410,9 +1422,9 @@ MEANINGS = (
             "again"),
     Meaning("modality", NO, "XNAT has a session of another modality under this label: rename the "
             "folder"),
-    Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the session "
-            "in the prearchive, then run again; if they are newer here, --overwrite-files replaces "
-            "XNAT's"),
+    Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the "
+            "session in the prearchive, then run again; if they are newer here, --overwrite-files "
+            "replaces XNAT's"),
     Meaning("another subject|session subject", NO, "the label belongs to another subject: rename "
             "the folder"),
     Meaning("session uid", NO, "XNAT has another study under this label: rename the folder"),
@@ -1476,13 +1488,6 @@ class Xnat(Curl):
         super().__init__(settings, programs, teller)
         self.project = settings.project
         self.version = ""
-        self.replaces = settings.overwrite_files  # whether XNAT replaces files it has
-        # By label; None where the server does not tell this user.
-        self._archive: Optional[Dict[str, Row]] = None
-        self._prearchive: Dict[str, List[Row]] = defaultdict(list)
-        self._subjects: Dict[str, str] = {}  # labels as XNAT has them, by those in lower case
-
-    # The server, once
 
     def meet(self) -> None:
         """Log in once and check the project, before any byte. Raises Stop(3) with the reason.
@@ -1490,61 +1495,29 @@ class Xnat(Curl):
         XNAT itself refuses none of this at import: a wrong project gives 200, and the data goes
         into another one or to Unassigned (GradualDicomImporter).
         """
-        answer = self.ask("POST", "/data/JSESSION", seconds=60)
+        answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
         if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(refusal(self.settings, answer))
-        self.cookie, wanted, user = answer.body.strip(), self.project, self.settings.user
-        query = {"permissions": "edit", "dataType": "xnat:subjectData"}
+        self.cookie, user = answer.body.strip(), self.settings.user
         try:
             found = self.get(self.path())
             if found is None:
-                raise Stop(f"project {wanted}: not on this XNAT, or {user} cannot see it: check its "
-                           "ID")
+                raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
             self.project = str(found["items"][0]["data_fields"]["ID"])  # an alias may be given
-            rows = self.rows("/data/projects", query) or []
+            rows = self.rows("/data/projects", {"permissions": "edit",
+                                                "dataType": "xnat:subjectData"})
+            if self.project not in [row.get("id") for row in rows or []]:
+                raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
+                              f"{user} a member")
         except Trouble as trouble:
-            raise Stop(f"project {wanted}: {trouble}")
+            raise Stop(f"project {self.settings.project}: {trouble}")
         except (KeyError, IndexError, TypeError):
-            raise Stop(f"project {wanted}: the server does not tell its ID: is this XNAT's own "
-                       "address?")
-        if self.project not in [row.get("id") for row in rows]:
-            raise Stop(f"project {wanted}: {user} can see it but not add to it: ask its owner to "
-                       f"make {user} a member")
+            raise Stop(f"project {self.settings.project}: the server does not tell its ID: is this "
+                       "XNAT's own address?")
 
     def path(self, *more: str) -> str:
         """The project's path, or that of something in it."""
-        return "/".join(["/data/projects", *(quote(each, safe="") for each in
-                                             (self.project, *more))])
-
-    def look_around(self, sessions: Sequence[Session]) -> None:
-        """What archive and prearchive hold under our labels, once for the whole project.
-
-        Not every server tells this to every user; sessions are then asked for one by one.
-        """
-        labels = {session.label for session in sessions}
-        ours = {session.subject_label.lower() for session in sessions}
-        info, code, archive, prearchive = (answer.json() for answer in self.ask_once(
-            BUILD_INFO, self.path("prearchive_code"), self._listing(), self._waiting_listing()))
-        # Without a version the series of a session go one by one.
-        self.version = str(info.get("version", "")) if isinstance(info, dict) else ""
-        self.replaces |= code == 5  # PrearchiveCode.AutoArchiveOverwrite
-        rows = table(archive)
-        self._archive = None if rows is None else {
-            row["label"]: row for row in rows if row.get("label") in labels}
-        for row in rows or []:  # XNAT finds subjects without regard to case
-            if row.get("subject_label", "").lower() in ours:
-                self._subjects[row["subject_label"].lower()] = row["subject_label"]
-        for row in table(prearchive) or []:
-            if row.get("name") in labels:
-                self._prearchive[row["name"]].append(row)
-
-    def _listing(self) -> str:
-        return "/data/experiments?" + urlencode({
-            "project": self.project, "xsiType": "xnat:imageSessionData",
-            "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
-
-    def _waiting_listing(self) -> str:
-        return self.path().replace("/data/", "/data/prearchive/", 1) + "?format=json"
+        return "/data/projects/" + "/".join(quote(each, safe="") for each in (self.project, *more))
 
     def takes_side_by_side(self) -> bool:
         """Whether series of one session may go at the same time: since 1.8.8 (XNAT-7535)."""
@@ -1555,48 +1528,7 @@ class Xnat(Curl):
         if self.cookie:
             self.ask("DELETE", "/data/JSESSION", seconds=3)
 
-    # What it holds
-
-    def archived(self, session: Session) -> Optional[Row]:
-        """Label, subject and Study UID of a session in the archive, None if it is not there."""
-        if self._archive is not None:
-            return self._archive.get(session.label)
-        found = self.get(self.archive_path(session))  # no listing: ask for this one
-        with suppress(KeyError, IndexError, TypeError, AttributeError):
-            return {"uid": str(found["items"][0]["data_fields"].get("UID") or "")}
-        return None if found is None else {}
-
-    def archive_path(self, session: Session) -> str:
-        row = (self._archive or {}).get(session.label, {})
-        subject = row.get("subject_label") or self._subjects.get(
-            session.subject_label.lower(), session.subject_label)
-        return self.path("subjects", subject, "experiments", session.label)
-
-    def waiting(self, session: Session) -> List[str]:
-        """Addresses in the prearchive under a session's label."""
-        return [address_of(row) for row in self._prearchive.get(session.label, [])]
-
-    def check_label(self, session: Session, study: str, memory: Memory) -> None:
-        """Raises Trouble if XNAT has something else under this session's label.
-
-        If an earlier run brought it there, a script of the site may have changed its Study UID.
-        """
-        known, waiting = memory.ended or memory.address, self._prearchive.get(session.label, [])
-        still = [row for row in waiting if self.status(address_of(row))]
-        if len(still) < len(waiting) or memory.address and not self.status(memory.address):
-            self._look_again(session, still)  # an earlier commit has archived it since the meeting
-        rows = [("archive", row.get("subject_label", ""), row.get("uid", ""))
-                for row in [self.archived(session) or {}]]
-        rows += [("prearchive", row.get("subject", ""), row.get("tag", "")) for row in still]
-        for where, subject, uid in rows:
-            if subject and subject.lower() != session.subject_label.lower():
-                raise Trouble(f"XNAT's {where} has {session.label} under subject {subject}, here it "
-                              f"is subject {session.subject_label}", "rename the folder")
-            if uid and study and uid != study and not known:
-                raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
-                              f"(there {uid}, here {study})", "rename the session folder")
-
-    def holds(self, path: str) -> Optional[List[Scan]]:
+    def scans(self, path: str) -> Optional[List[Scan]]:
         """The scans of a session at `path`, None if it is not there.
 
         In the prearchive this is what the last build saw.
@@ -1610,10 +1542,9 @@ class Xnat(Curl):
             first, meaning, _ = self.ask_until(path, lambda: self.ask_once(urls[0])[0])
         if first.status not in (200, 404):
             raise Trouble(f"{path} cannot be read ({first.evidence})", meaning.to_do)
-        uids = scan_uids(first)
+        uids, rows = scan_uids(first), table(second.json())
         if uids is None:
             return None
-        rows = table(second.json())
         if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
             rows = [dict(row, cat_id=scan) for scan in uids
                     for row in self.rows(f"{path}/scans/{quote(scan, safe='')}/resources") or []]
@@ -1643,15 +1574,6 @@ class Xnat(Curl):
                 self.teller.say(f"{address}: XNAT is at work on it ({status}): waiting")
             self.programs.pause(pause)
         raise Trouble(f"XNAT is still at work on it ({address} is {status})", LATER)
-
-    def leftovers(self, sessions: List[Session]) -> List[str]:
-        """Addresses in the prearchive beside sessions that are archived, with their status."""
-        labels = {session.label for session in sessions}
-        rows = table(self.ask_once(self._waiting_listing())[0].json()) if labels else []
-        return [f"{address_of(row)} ({row.get('status', '')})" for row in rows or []
-                if row.get("name") in labels]
-
-    # One part
 
     def post(self, session: Session, series: Series, files: int, zipped: str,
              moved: Callable[[float], None]) -> str:
@@ -1691,8 +1613,6 @@ class Xnat(Curl):
                               "look there, and ask the XNAT admin")
         return addresses[0][addresses[0].index("/data/"):]
 
-    # A whole session
-
     def build(self, address: str) -> None:
         """Let XNAT say what a prearchive session holds; archives nothing. Raises Trouble."""
         answer, meaning, _ = self.ask_until(
@@ -1701,7 +1621,7 @@ class Xnat(Curl):
             raise Trouble(f"{meaning.means} ({answer.evidence})", meaning.to_do, refused=True)
 
     def commit(self, session: Session, address: str) -> str:
-        """Commit a whole session; where it lies then, in the archive or in the prearchive.
+        """Commit a whole session; where it lies then, or '' if it is gone from the prearchive.
 
         Once: after an answer that was lost it looks what has become of it. Raises Trouble.
         """
@@ -1727,7 +1647,7 @@ class Xnat(Curl):
                     self.programs.pause(pause)
                     status = self.status(address)
             if not status:
-                return self._gone(session, address)
+                return ""
             if not lost or tries > self.settings.retries:
                 break
             self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
@@ -1736,22 +1656,95 @@ class Xnat(Curl):
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
                       meaning_of(answer).to_do, refused=True)
 
-    def _look_again(self, session: Session, waiting: List[Row]) -> None:
-        """Something of a session has left the prearchive: has it come into the archive?"""
-        self._prearchive[session.label] = waiting
-        rows = table(self.ask_once(self._listing())[0].json())
-        if self._archive is not None:  # the subject's label may differ in case
-            self._archive.update({row["label"]: row for row in rows or []
-                                  if row.get("label") == session.label})
 
-    def _gone(self, session: Session, address: str) -> str:
-        """Where a session is that left the prearchive by a commit whose answer was lost."""
-        self._look_again(session, [])
-        path = self.archive_path(session)
-        if self.holds(path) is None:
-            raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive does not "
-                          "have it", "run again to send it again")
-        return path
+class Contents:
+    """What archive and prearchive of the project hold under our labels, asked once."""
+
+    def __init__(self, xnat: Xnat, sessions: Sequence[Session]) -> None:
+        """Not every server tells this to every user; sessions are then asked for one by one."""
+        self.xnat = xnat
+        labels = {session.label for session in sessions}
+        ours = {session.subject_label.lower() for session in sessions}
+        info, code, archive, waiting = (answer.json() for answer in xnat.ask_once(
+            BUILD_INFO, xnat.path("prearchive_code"), self._archive(), self._prearchive()))
+        # Without a version the series of a session go one by one.
+        xnat.version = str(info.get("version", "")) if isinstance(info, dict) else ""
+        # Whether XNAT replaces files that it has (PrearchiveCode.AutoArchiveOverwrite).
+        self.replaces = xnat.settings.overwrite_files or code == 5
+        rows = table(archive)
+        self.archive: Optional[Dict[str, Row]] = None if rows is None else {
+            row["label"]: row for row in rows if row.get("label") in labels}
+        # XNAT finds subjects without regard to case; these are their labels as it has them.
+        self.subjects = {row["subject_label"].lower(): row["subject_label"] for row in rows or []
+                         if row.get("subject_label", "").lower() in ours}
+        self.prearchive: Dict[str, List[Row]] = defaultdict(list)
+        for row in table(waiting) or []:
+            if row.get("name") in labels:
+                self.prearchive[row["name"]].append(row)
+
+    def _archive(self) -> str:
+        return "/data/experiments?" + urlencode({
+            "project": self.xnat.project, "xsiType": "xnat:imageSessionData",
+            "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
+
+    def _prearchive(self) -> str:
+        return self.xnat.path().replace("/data/", "/data/prearchive/", 1) + "?format=json"
+
+    def archived(self, session: Session) -> Optional[Row]:
+        """Label, subject and Study UID of a session in the archive, None if it is not there."""
+        if self.archive is not None:
+            return self.archive.get(session.label)
+        found = self.xnat.get(self.path(session))  # no listing: ask for this one
+        with suppress(KeyError, IndexError, TypeError, AttributeError):
+            return {"uid": str(found["items"][0]["data_fields"].get("UID") or "")}
+        return None if found is None else {}
+
+    def path(self, session: Session) -> str:
+        """Where the archive has a session, or will have it."""
+        subject = (self.archive or {}).get(session.label, {}).get("subject_label")
+        subject = subject or self.subjects.get(session.subject_label.lower())
+        return self.xnat.path("subjects", subject or session.subject_label, "experiments",
+                              session.label)
+
+    def waiting(self, session: Session) -> List[str]:
+        """Addresses in the prearchive under a session's label."""
+        return [address_of(row) for row in self.prearchive.get(session.label, [])]
+
+    def check_label(self, session: Session, study: str, memory: Memory) -> None:
+        """Raises Trouble if XNAT has something else under this session's label.
+
+        If an earlier run brought it there, a script of the site may have changed its Study UID.
+        """
+        known, waiting = memory.ended or memory.address, self.prearchive.get(session.label, [])
+        still = [row for row in waiting if self.xnat.status(address_of(row))]
+        if len(still) < len(waiting) or memory.address and not self.xnat.status(memory.address):
+            self.look_again(session, still)  # an earlier commit has archived it since the meeting
+        rows = [("archive", row.get("subject_label", ""), row.get("uid", ""))
+                for row in [self.archived(session) or {}]]
+        rows += [("prearchive", row.get("subject", ""), row.get("tag", "")) for row in still]
+        for where, subject, uid in rows:
+            if subject and subject.lower() != session.subject_label.lower():
+                raise Trouble(f"XNAT's {where} has {session.label} under subject {subject}, here "
+                              f"it is subject {session.subject_label}", "rename the folder")
+            if uid and study and uid != study and not known:
+                raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
+                              f"(there {uid}, here {study})", "rename the session folder")
+
+    def look_again(self, session: Session, waiting: List[Row]) -> str:
+        """Something of a session has left the prearchive: where the archive has it now, or ''."""
+        self.prearchive[session.label] = waiting
+        rows = table(self.xnat.ask_once(self._archive())[0].json())
+        if self.archive is not None:
+            self.archive.update({row["label"]: row for row in rows or []
+                                 if row.get("label") == session.label})
+        return self.path(session) if self.archived(session) is not None else ""
+
+    def leftovers(self, sessions: List[Session]) -> List[str]:
+        """Addresses in the prearchive beside sessions that are archived, with their status."""
+        labels = {session.label for session in sessions}
+        rows = table(self.xnat.ask_once(self._prearchive())[0].json()) if labels else []
+        return [f"{address_of(row)} ({row.get('status', '')})" for row in rows or []
+                if row.get("name") in labels]
 
 
 def scan_uids(answer: Answer) -> Optional[Dict[str, str]]:
@@ -1768,11 +1761,6 @@ def scan_uids(answer: Answer) -> Optional[Dict[str, str]]:
 def address_of(row: Row) -> str:
     """Where a row of the prearchive's listing can be asked for."""
     return "/data" + row.get("url", "").replace("/data/", "/", 1)
-
-
-def stored_name(name: str) -> str:
-    """The name under which XNAT stores a file (GradualDicomImporter)."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(name))
 
 
 # ---- ledger --------------------------------------------------------------------------------
@@ -1923,236 +1911,51 @@ class Ledger:
 # ---- upload --------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """Up to --max-files images of one series: one zip, one POST."""
+class Comparison:
+    """One session held against what the server has of it: which images are missing there."""
 
-    series: Series
-    files: List[File]
+    def __init__(self, contents: Contents, outcome: Outcome, memory: Memory) -> None:
+        self.contents = contents
+        self.xnat = contents.xnat
+        self.session = outcome.session
+        self.series = outcome.series
+        self.memory = memory
+        self.archived = contents.archived(self.session) is not None
+        self.held: List[Scan] = []  # in the archive
+        self.told = False  # whether it tells our UIDs; else a script may have changed them
 
-
-class Upload:
-    """All sessions on their way from folder to archive, several at a time."""
-
-    ALIKE = 20  # sessions in a row that the server refuses with the same words: no other would pass
-
-    def __init__(self, tree: Tree, xnat: Xnat, workdir: Optional[Workdir], ledger: Ledger) -> None:
-        self.xnat = xnat
-        self.settings = settings = xnat.settings
-        self.teller = xnat.teller
-        self.workdir = workdir
-        self.ledger = ledger
-        self.level = Level(settings.compression)
-        self.waiting = iter(tree.sessions)
-        self.alone = len(tree.sessions) == 1
-        self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
-        self.whole: List[Session] = []  # archived, now or before
-        self.largest: List[int] = []  # bytes of the largest zips that a dry run foresees
-        self.stop: Optional[Stop] = None  # why a thread stopped the run
-        self._refused: List[str] = []  # the words of the last refusals, while they are alike
-        self._lock = threading.Lock()
-        # While as many sessions as may be posted are on the line, as many are read and packed.
-        self.at_a_time = 1 if settings.procs == 1 else 2 * settings.procs
-        self.lanes = ThreadPoolExecutor(2 * settings.procs)
-        self.packers = ThreadPoolExecutor(2 * settings.procs)
-        self.zips = threading.Semaphore(2 * settings.procs)  # on the disk
-        self.slots = threading.Semaphore(settings.procs)  # uploads and commits side by side
-
-    def go(self) -> None:
-        """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
-        pool = ThreadPoolExecutor(self.at_a_time)
-        try:
-            jobs = {pool.submit(self._guard, self._work) for _ in range(self.at_a_time)}
-            while jobs:
-                done, jobs = wait(jobs, timeout=0.25, return_when=FIRST_EXCEPTION)
-                for job in done:
-                    job.result()
-                self.teller.check()
-                self.teller.progress()
-        except BaseException as end:
-            self.xnat.programs.stop()
-            if isinstance(end, RuntimeError):  # of threads or memory
-                raise Stop(f"this system starts no more threads ({end}): lower --procs")
-            raise self.stop if self.stop and isinstance(end, Stopping) else end
-        finally:
-            for each in (pool, self.lanes, self.packers):
-                each.shutdown()
-
-    def _guard(self, work: Callable[..., Any], *given: Any) -> Any:
-        """Work in a thread of its own: what stops it stops the run, at once."""
-        try:
-            return work(*given)
-        except BaseException as end:
-            with self._lock:
-                if isinstance(end, Stop) and not isinstance(end, Stopping):
-                    self.stop = self.stop or end
-            self.xnat.programs.stop()
-            raise
-
-    def _work(self) -> None:
-        """One session after another, while there are any."""
-        while not self.xnat.programs.stopping.is_set():
-            with self._lock:
-                session = next(self.waiting, None)
-                if session is None:
-                    return
-                outcome = self.active[session.path] = Outcome(session, [])
-            try:
-                self.one_session(outcome)
-            except Trouble as trouble:
-                outcome.trouble = trouble
-            except OSError as error:
-                outcome.trouble = unreadable(str(error.filename or "the system"), error)
-            with self._lock:
-                del self.active[session.path]
-                self.whole += [session] if outcome.where == "archived" else []
-            self.teller.session(outcome)
-            self._count_refusals(outcome)
-
-    def _count_refusals(self, outcome: Outcome) -> None:
-        """Raises Stop when the server refuses one session after another with the same words."""
-        troubles = [each for series in outcome.series for each in series.problems]
-        refused = [each.what for each in troubles + [outcome.trouble or Trouble("", "")]
-                   if each.refused]
-        with self._lock:
-            if refused:
-                words = re.sub(r"\S*[\d_./]\S*", "", refused[0])  # names and numbers differ
-                self._refused = [each for each in self._refused if each == words] + [words]
-            elif outcome.where in ("archived", "prearchived") and not outcome.earlier:
-                self._refused = []
-            if len(self._refused) >= self.ALIKE:
-                raise Stop(f"{self.settings.url}: the server refuses everything ({self.ALIKE} "
-                           f"sessions in a row; the last: {refused[0]}): ask the XNAT admin (is its "
-                           "disk full?), then run again")
-
-    # One session
-
-    def one_session(self, outcome: Outcome) -> None:
-        """The whole way of one session, from its folder to the archive. Raises Trouble, Stop."""
-        session, settings, xnat = outcome.session, self.settings, self.xnat
-        outcome.series = series = list_session(session, settings)
-        known = self.ledger.of(session)
-        memory = Memory() if settings.again or settings.dry_run else known
-        if self._is_known(outcome, memory):
-            return
-        with self.teller.at_work(f"reading {session.label}"):
-            read_session(series, self._has_read)
-        images = [image for each in series for image in each.images]
-        addresses: List[str] = []
-        if images:
-            xnat.check_label(session, images[0].study, known)
-            addresses = self._compare(outcome, images, memory)
-        outcome.address = "".join(addresses[-1:])
-        self.teller.plans(series)
-        if settings.dry_run:
-            self._foresee(outcome, addresses)
-            return
-        addresses = self._send(outcome, addresses)
-        outcome.where = "held back" if addresses else "failed"
-        if any(each.problems for each in series):
-            return
-        if self._has_changed(outcome):
-            raise Trouble("its folder changed while it was sent", "run again when it is still")
-        outcome.where = "not archived"
-        for address in addresses:
-            with self.slots, self.teller.at_work(f"archiving {session.label}"):
-                outcome.address = xnat.commit(session, address)
-        self._verify(outcome, images, bool(addresses))
-        self._note(outcome)
-
-    def _has_read(self) -> None:
-        """One file more has been read. Raises Stopping: thousands may be to come."""
-        self.teller.has_read(1)
-        if self.xnat.programs.stopping.is_set():
-            raise Stopping("stopping")
-
-    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
-        """Whether an earlier run has verified this very folder, and XNAT still has it.
-
-        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
-        has told. Raises Trouble if somebody has deleted it since.
-        """
-        session, xnat = outcome.session, self.xnat
-        if not memory.is_same(outcome.series):
-            return False
-        archived = memory.ended != "nothing to send" and xnat.archived(session) is not None
-        if memory.ended == "prearchived" and memory.path not in xnat.waiting(session):
-            if archived:  # its reviewer has archived it: count it there
-                return False
-            if not xnat.status(memory.path):
-                raise Trouble("it was left for review, and is neither in the prearchive nor in the "
-                              "archive any more", anew(session))
-        if memory.ended == "archived" and not archived:
-            raise Trouble("an earlier run saw it archived, and it is not there any more",
-                          anew(session))
-        for each in outcome.series:
-            each.there = memory.series[each.name][2] if each.name in memory.series else 0
-            each.status = each.status or ("already there" if each.there else "no DICOM")
-        outcome.where, outcome.earlier, outcome.files = memory.ended, True, memory.files
-        outcome.address = memory.path
-        return True
-
-    def _foresee(self, outcome: Outcome, addresses: List[str]) -> None:
-        """How a real run would go on from here."""
-        series = outcome.series
-        outcome.files = sum(each.there for each in series)
-        outcome.where = ("failed" if any(each.problems for each in series) else
-                         "to send" if addresses or any(each.missing for each in series) else
-                         "there" if outcome.files else "nothing to send")
-        with self._lock:
-            self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
-                zip_room(part.files) for part in self._cut(series, False)])
-
-    def _has_changed(self, outcome: Outcome) -> bool:
-        """Whether the session's folder is another than when it was read."""
-        again = list_session(outcome.session, self.settings)
-        if [each.name for each in again] != [each.name for each in outcome.series]:
-            return True
-        for now, then in zip(again, outcome.series):
-            if now.problems or [(file.name, file.bytes) for file in now.files] != [
-                    (file.name, file.bytes) for file in then.files]:
-                return True
-            for new, old in zip(now.files, then.files):  # times alone are no change
-                if new.time_ns != old.time_ns and old.sop and crc_of(now, new) != old.crc:
-                    return True
-        return False
-
-    # Compare
-
-    def _compare(self, outcome: Outcome, images: List[File], memory: Memory) -> List[str]:
-        """Find out which images are missing, and the prearchive addresses that wait for a commit.
+    def addresses(self) -> List[str]:
+        """Mark the images that the server has; the prearchive addresses that wait for a commit.
 
         Raises Trouble where sending more could only make it worse.
         """
-        session, series, xnat = outcome.session, outcome.series, self.xnat
-        if self.settings.again:
-            return []
-        archived = xnat.archived(session) is not None
-        held = (xnat.holds(xnat.archive_path(session)) or []) if archived else []
-        told = bool({scan.uid for scan in held if scan.uid} & {image.series for image in images})
-        self._match(series, held)
-        for each in series:
-            self._recall(outcome, each, memory, archived, told)
-        addresses, here = [], xnat.waiting(session)
-        if memory.address in here or memory.address and xnat.status(memory.address):
-            addresses = [memory.address]
-        elif memory.address and not archived:
-            self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
-        elif here and not memory.address and (not archived or any(each.missing for each in series)):
-            self._join(outcome, held, here)
-            addresses = here
-        if addresses == [memory.address] or memory.address and archived and not told:
-            for image in itertools.chain.from_iterable(map(memory.sent, series)):
+        if self.archived:
+            self.held = self.xnat.scans(self.contents.path(self.session)) or []
+        self.told = bool({scan.uid for scan in self.held if scan.uid} & {
+            image.series for each in self.series for image in each.images})
+        self._match(self.held)
+        for each in self.series:
+            self._recall(each)
+        address, here = self.memory.address, self.contents.waiting(self.session)
+        found: List[str] = []
+        if address and (address in here or self.xnat.status(address)):
+            found = [address]
+        elif address and not self.archived:
+            self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
+                                 "it again")
+        elif here and not address and not (self.archived and all(
+                not each.missing for each in self.series)):
+            self._join(here)
+            found = here
+        if address and (found or self.archived and not self.told):
+            for image in itertools.chain.from_iterable(map(self.memory.sent, self.series)):
                 image.missing = False
-        for each in series:
-            each.there = sum(not image.missing for image in each.images)
-            if each.images and each.there == len(each.images):
-                each.status = "already there"
-        return addresses
+        return found
 
-    def _match(self, series: List[Series], held: List[Scan]) -> None:
+    def _match(self, held: List[Scan]) -> None:
         """Mark what `held` has: by Series UID and count, and by names where it has a part."""
         groups: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
-        for each in series:
+        for each in self.series:
             for image in each.images:
                 groups[image.series].append((each, image))
         for uid, pairs in groups.items():
@@ -2167,20 +1970,16 @@ class Upload:
                         f"XNAT has {count} of its {plural(len(ours), 'file')}, under other names: "
                         "which are missing cannot be told", "add --again --overwrite-files, and "
                         "--only with this session, to send all of it again"))
+            gone = set(absent or ())
             for image in ours:
-                image.missing = image in (absent or ())
+                image.missing = image in gone
 
-    def _recall(self, outcome: Outcome, series: Series, memory: Memory, archived: bool, told: bool
-                ) -> None:
+    def _recall(self, series: Series) -> None:
         """Hold a series against what an earlier run has archived of it."""
-        listing, images, count, by_crc = memory.series.get(series.name, ("", "", 0, False))
-        if count and not (series.images or series.problems):
-            self.teller.say(f"{outcome.session.label} {series.name}: an earlier run sent "
-                            f"{plural(count, 'image')} from it, and it has none any more: see whether "
-                            "that is meant")
-        if not (count and archived and memory.ended == "archived" and series.images):
+        listing, images, count, by_crc = self.memory.series.get(series.name, ("", "", 0, False))
+        if not (count and self.archived and self.memory.ended == "archived" and series.images):
             return
-        if not told:  # a script has changed the UIDs: what an earlier run verified is there
+        if not self.told:  # what an earlier run verified is there
             for image in series.images:
                 image.missing = False
         there = [image for image in series.images if not image.missing]
@@ -2190,62 +1989,83 @@ class Upload:
             for image in series.images if by_crc else ():
                 crc_of(series, image)
             same = images_fingerprint(there or series.images, by_crc) == images
-        elif told:
+        elif self.told:
             same = True
         if same and not there:
-            series.problems.append(Trouble("an earlier run saw it archived, and it is not there any "
-                                           "more", anew(outcome.session)))
-        elif not same and self.settings.overwrite_files:
+            series.problems.append(Trouble("an earlier run saw it archived, and it is not there "
+                                           "any more", anew(self.session)))
+        elif not same and self.xnat.settings.overwrite_files:
             for image in series.images:
                 image.missing = True
         elif not same:
-            series.problems.append(Trouble("has changed since it was sent", "with --overwrite-files "
-                                           "it replaces what XNAT has"))
+            series.problems.append(Trouble("has changed since it was sent", "with "
+                                           "--overwrite-files it replaces what XNAT has"))
 
-    def _join(self, outcome: Outcome, held: List[Scan], here: List[str]) -> None:
+    def _join(self, here: List[str]) -> None:
         """Mark what waits in the prearchive, left there by a run whose workdir is lost, or by
         another tool. Raises Trouble if a commit of that could only conflict."""
-        xnat = self.xnat
         waiting: List[Scan] = []
         for address in here:
-            status = xnat.status(address)
-            if status == "RECEIVING" and self.settings.dry_run:
-                self.teller.say(f"{outcome.session.label}: waits in the prearchive ({address}); what "
-                                "of it is there shows when it is sent")
+            status = self.xnat.status(address)
+            if status == "RECEIVING" and self.xnat.settings.dry_run:
+                self.xnat.teller.say(f"{self.session.label}: waits in the prearchive ({address}); "
+                                     "what of it is there shows when it is sent")
                 continue
             if status == "RECEIVING":  # it tells what it has only once it is built
-                xnat.build(address)
-            waiting += xnat.holds(address) or []
-        copies = [scan for scan in waiting for other in held if scan.uid and scan.uid == other.uid
-                  and set(xnat.names(scan)) & set(xnat.names(other))]
-        if copies and not xnat.replaces:
-            raise Trouble(f"the prearchive holds a copy of what is archived ({copies[0].path}), and "
-                          "what is missing would join it",
+                self.xnat.build(address)
+            waiting += self.xnat.scans(address) or []
+        copies = [scan for scan in waiting for other in self.held if scan.uid == other.uid != ""
+                  and set(self.xnat.names(scan)) & set(self.xnat.names(other))]
+        if copies and not self.contents.replaces:
+            raise Trouble(f"the prearchive holds a copy of what is archived ({copies[0].path}), "
+                          "and what is missing would join it",
                           "delete that copy in the prearchive, then run again")
-        self._match(outcome.series, held + waiting)
+        self._match(self.held + waiting)
 
-    # Send
 
-    def _send(self, outcome: Outcome, addresses: List[str]) -> List[str]:
+class Part(NamedTuple):
+    """Up to --max-files images of one series: one zip, one POST."""
+
+    series: Series
+    files: List[File]
+
+
+class Sender:
+    """Packs what is missing and posts it: --procs uploads side by side, twice as many zips."""
+
+    def __init__(self, xnat: Xnat, workdir: Optional[Workdir], ledger: Ledger, alone: bool) -> None:
+        self.xnat = xnat
+        self.workdir = workdir
+        self.ledger = ledger
+        self.alone = alone  # whether there is one session only
+        self.level = Level(xnat.settings.compression)
+        procs = xnat.settings.procs
+        self.slots = threading.Semaphore(procs)  # uploads and commits
+        self.zips = threading.Semaphore(2 * procs)  # on the disk
+        self.lanes, self.packers = ThreadPoolExecutor(2 * procs), ThreadPoolExecutor(2 * procs)
+
+    def send(self, outcome: Outcome, addresses: List[str]) -> List[str]:
         """POST what is missing, part by part; the addresses where the session lies now."""
-        side_by_side = self.xnat.takes_side_by_side() and self.settings.procs > 1
-        lanes: Dict[object, List[Part]] = defaultdict(list)  # one after another in each
-        for part in self._cut(outcome.series, side_by_side and self.alone and not addresses):
-            lanes[part.series if side_by_side else outcome].append(part)
+        side_by_side = self.xnat.takes_side_by_side() and self.xnat.settings.procs > 1
+        # In each lane one after another: what goes into one scan must not meet there.
+        lanes: Dict[str, List[Part]] = defaultdict(list)
+        for part in self.cut(outcome.series, side_by_side and self.alone and not addresses):
+            lanes[part.files[0].series if side_by_side else ""].append(part)
         jobs = []
         for lane in lanes.values():
-            jobs.append(self.lanes.submit(self._guard, self._send_lane, outcome, lane))
+            jobs.append(self.lanes.submit(self.xnat.programs.guarded, self._send_lane, outcome,
+                                          lane))
             if not outcome.address:  # the answer to the first part makes the session
                 outcome.answered.wait()
                 outcome.answered.clear()
         return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
 
-    def _cut(self, series: List[Series], opener: bool) -> Iterator[Part]:
+    def cut(self, series: List[Series], opener: bool = False) -> Iterator[Part]:
         """The parts to send, in order."""
-        most = self.settings.max_files
+        most = self.xnat.settings.max_files
         # While a long session is the only one, nobody works until its first answer has come:
         # one file is enough to make the session.
-        opener = opener and sum(bool(each.missing) for each in series) > self.settings.procs
+        opener = opener and sum(bool(each.missing) for each in series) > self.xnat.settings.procs
         for each in series:
             files = each.missing
             if opener and files:
@@ -2298,14 +2118,15 @@ class Upload:
                 raise unreadable(str(error.filename or "the workdir"), error)
             given = sum(file.bytes for file in part.files)
             self.level.packed(level, given, made, time.monotonic() - began)
-            self.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level {level}, "
-                            f"{size(given)} to {size(made)}")
+            self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
+                                 f"{level}, {size(given)} to {size(made)}")
             return zipped, stack.pop_all()
 
     def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
         """POST a part, and note it; its address. Raises Trouble."""
         session, series = outcome.session, part.series
-        with self.slots, self.teller.at_work(f"{session.label} {series.name}", part.files) as moved:
+        name = f"{session.label} {series.name}"
+        with self.slots, self.xnat.teller.at_work(name, part.files) as moved:
             began, made = time.monotonic(), os.path.getsize(zipped)
             address = self.xnat.post(session, series, len(part.files), zipped, moved)
             self.level.posted(made, time.monotonic() - began)
@@ -2325,6 +2146,201 @@ class Upload:
         series.status = "" if series.missing else "sent"
         return address
 
+    def close(self) -> None:
+        self.lanes.shutdown()
+        self.packers.shutdown()
+
+
+class Upload:
+    """All sessions on their way from folder to archive, several at a time."""
+
+    ALIKE = 20  # sessions in a row that the server refuses with the same words: no other would pass
+
+    def __init__(self, tree: Tree, contents: Contents, sender: Sender) -> None:
+        self.contents = contents
+        self.sender = sender
+        self.xnat = contents.xnat
+        self.settings = self.xnat.settings
+        self.teller = self.xnat.teller
+        self.ledger = sender.ledger
+        self.waiting = iter(tree.sessions)
+        self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
+        self.whole: List[Session] = []  # archived, now or before
+        self.largest: List[int] = []  # bytes of the largest zips that a dry run foresees
+        self._refused: List[str] = []  # the words of the last refusals, while they are alike
+        self._lock = threading.Lock()
+        # While as many sessions as may be posted are on the line, as many are read and packed.
+        self.at_a_time = 1 if self.settings.procs == 1 else 2 * self.settings.procs
+
+    def go(self) -> None:
+        """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
+        pool = ThreadPoolExecutor(self.at_a_time)
+        try:
+            jobs = {pool.submit(self.xnat.programs.guarded, self._work)
+                    for _ in range(self.at_a_time)}
+            while jobs:
+                done, jobs = wait(jobs, timeout=0.25, return_when=FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+                self.teller.check()
+                self.teller.progress()
+        except BaseException as end:
+            self.xnat.programs.stop()
+            if isinstance(end, RuntimeError):  # of threads or memory
+                raise Stop(f"this system starts no more threads ({end}): lower --procs")
+            raise (isinstance(end, Stopping) and self.xnat.programs.reason) or end
+        finally:
+            pool.shutdown()
+            self.sender.close()
+
+    def _work(self) -> None:
+        """One session after another, while there are any."""
+        while not self.xnat.programs.stopping.is_set():
+            with self._lock:
+                session = next(self.waiting, None)
+                if session is None:
+                    return
+                outcome = self.active[session.path] = Outcome(session, [])
+            try:
+                self.one_session(outcome)
+            except Trouble as trouble:
+                outcome.trouble = trouble
+            except OSError as error:
+                outcome.trouble = unreadable(str(error.filename or "the system"), error)
+            with self._lock:
+                del self.active[session.path]
+                self.whole += [session] if outcome.where == "archived" else []
+            self.teller.session(outcome)
+            self._count_refusals(outcome)
+
+    def _count_refusals(self, outcome: Outcome) -> None:
+        """Raises Stop when the server refuses one session after another with the same words."""
+        troubles = [each for series in outcome.series for each in series.problems]
+        refused = [each.what for each in troubles + [outcome.trouble or Trouble("", "")]
+                   if each.refused]
+        with self._lock:
+            if refused:
+                words = re.sub(r"\S*[\d_./]\S*", "", refused[0])  # names and numbers differ
+                self._refused = [each for each in self._refused if each == words] + [words]
+            elif outcome.where in ("archived", "prearchived") and not outcome.earlier:
+                self._refused = []
+            if len(self._refused) >= self.ALIKE:
+                raise Stop(f"{self.settings.url}: the server refuses everything ({self.ALIKE} "
+                           f"sessions in a row; the last: {refused[0]}): ask the XNAT admin (is "
+                           "its disk full?), then run again")
+
+    # One session
+
+    def one_session(self, outcome: Outcome) -> None:
+        """The whole way of one session, from its folder to the archive. Raises Trouble, Stop."""
+        session, settings, xnat = outcome.session, self.settings, self.xnat
+        outcome.series = series = list_session(session, settings)
+        known = self.ledger.of(session)
+        memory = Memory() if settings.again or settings.dry_run else known
+        if self._is_known(outcome, memory):
+            return
+        with self.teller.at_work(f"reading {session.label}"):
+            read_session(series, self._has_read)
+        images = [image for each in series for image in each.images]
+        self._tell_gone(outcome, known)
+        addresses: List[str] = []
+        if images:
+            self.contents.check_label(session, images[0].study, known)
+            if not settings.again:
+                addresses = Comparison(self.contents, outcome, memory).addresses()
+        for each in series:
+            each.there = sum(not image.missing for image in each.images)
+            if each.images and each.there == len(each.images):
+                each.status = "already there"
+        outcome.address = "".join(addresses[-1:])
+        self.teller.plans(series)
+        if settings.dry_run:
+            self._foresee(outcome, addresses)
+            return
+        addresses = self.sender.send(outcome, addresses)
+        outcome.where = "held back" if addresses else "failed"
+        if any(each.problems for each in series):
+            return
+        if self._has_changed(outcome):
+            raise Trouble("its folder changed while it was sent", "run again when it is still")
+        outcome.where = "not archived"
+        for address in addresses:
+            with self.sender.slots, self.teller.at_work(f"archiving {session.label}"):
+                outcome.address = (xnat.commit(session, address) or
+                                   self.contents.look_again(session, []))
+            if not outcome.address:
+                raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive "
+                              "does not have it", "run again to send it again")
+        self._verify(outcome, images, bool(addresses))
+        self._note(outcome)
+
+    def _tell_gone(self, outcome: Outcome, memory: Memory) -> None:
+        here = {each.name for each in outcome.series
+                if each.images or each.problems or each.status in ("left out", "copy")}
+        gone = [name for name, known in memory.series.items() if known[2] and name not in here]
+        if gone:
+            self.teller.say(f"{outcome.session.label}: an earlier run sent images from "
+                            f"{some(gone)}, where there are none any more: see whether that "
+                            "is meant")
+
+    def _has_read(self) -> None:
+        """One file more has been read. Raises Stopping: thousands may be to come."""
+        self.teller.has_read(1)
+        if self.xnat.programs.stopping.is_set():
+            raise Stopping("stopping")
+
+    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
+        """Whether an earlier run has verified this very folder, and XNAT still has it.
+
+        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
+        has told. Raises Trouble if somebody has deleted it since.
+        """
+        session = outcome.session
+        if not memory.is_same(outcome.series):
+            return False
+        archived = (memory.ended != "nothing to send" and
+                    self.contents.archived(session) is not None)
+        if memory.ended == "prearchived" and memory.path not in self.contents.waiting(session):
+            if archived:  # its reviewer has archived it: count it there
+                return False
+            if not self.xnat.status(memory.path):
+                raise Trouble("it was left for review, and is neither in the prearchive nor in the "
+                              "archive any more", anew(session))
+        if memory.ended == "archived" and not archived:
+            raise Trouble("an earlier run saw it archived, and it is not there any more",
+                          anew(session))
+        for each in outcome.series:
+            each.there = memory.series[each.name][2] if each.name in memory.series else 0
+            each.status = each.status or ("already there" if each.there else "no DICOM")
+        outcome.where, outcome.earlier, outcome.files = memory.ended, True, memory.files
+        outcome.address = memory.path
+        return True
+
+    def _foresee(self, outcome: Outcome, addresses: List[str]) -> None:
+        """How a real run would go on from here."""
+        series = outcome.series
+        outcome.files = sum(each.there for each in series)
+        outcome.where = ("failed" if any(each.problems for each in series) else
+                         "to send" if addresses or any(each.missing for each in series) else
+                         "there" if outcome.files else "nothing to send")
+        with self._lock:
+            self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
+                zip_room(part.files) for part in self.sender.cut(series)])
+
+    def _has_changed(self, outcome: Outcome) -> bool:
+        """Whether the session's folder is another than when it was read."""
+        again = list_session(outcome.session, self.settings)
+        if [each.name for each in again] != [each.name for each in outcome.series]:
+            return True
+        for now, then in zip(again, outcome.series):
+            if now.problems or [(file.name, file.bytes) for file in now.files] != [
+                    (file.name, file.bytes) for file in then.files]:
+                return True
+            for new, old in zip(now.files, then.files):  # times alone are no change
+                if new.time_ns != old.time_ns and old.sop and crc_of(now, new) != old.crc:
+                    return True
+        return False
+
     # Verify and note
 
     def _verify(self, outcome: Outcome, images: List[File], sent: bool) -> None:
@@ -2334,12 +2350,12 @@ class Upload:
         if not images:
             outcome.where = "nothing to send"
             return
-        path = outcome.address = outcome.address or self.xnat.archive_path(session)
+        path = outcome.address = outcome.address or self.contents.path(session)
         outcome.where = "prearchived" if "/prearchive/" in path else "archived"
         outcome.earlier, outcome.files = not sent, len(images)
         ours = Counter(image.series for image in images)
         theirs: Counter[str] = Counter()
-        for scan in self.xnat.holds(path) or []:
+        for scan in self.xnat.scans(path) or []:
             theirs[scan.uid] += scan.files
         if not set(ours) & set(theirs):
             ours, theirs = Counter({"": len(images)}), Counter({"": sum(theirs.values())})
@@ -2355,8 +2371,9 @@ class Upload:
                         each.problems.append(trouble)
                 outcome.trouble = outcome.trouble if uid else trouble
             elif theirs[uid] > count:
-                self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the folder "
-                                f"has {count}: they were there before, or came from elsewhere")
+                self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
+                                f"folder has {count}: they were there before, or came from "
+                                "elsewhere")
 
     def _note(self, outcome: Outcome) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
@@ -2381,7 +2398,8 @@ def not_among(images: List[File], names: List[str]) -> Optional[List[File]]:
     absent: List[File] = []
     twins: List[File] = []
     for image in images:
-        stored = stored_name(image.name)
+        # The name under which XNAT stores a file (GradualDicomImporter).
+        stored = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
         if not left[stored]:  # other programs name files by their UID
             stored = next((name for name in left if image.sop in name and left[name]), stored)
         if left[stored]:
@@ -2771,12 +2789,16 @@ class Teller(Lines):
             line(f"Report: {self._papers.report_path}")
         if dry:
             line(f"Nothing was sent. To send: {upload.settings.command}")
-        elif not (self.failures or rest):
+        elif not (self.failures or rest or self.saw_only_junk()):
             line("All is there.", at=0)
         elif again:
             fix = any(not each.to_do.startswith("run again") for each in self.failures)
-            line((f"Fix the {len(self.failures):,} above, then run" if fix else "Run") +
+            line(("Fix what failed, then run" if fix else "Run") +
                  f" the same command again to finish: {upload.settings.command}")
+
+    def saw_only_junk(self) -> bool:
+        """Whether there were files, and no DICOM among them."""
+        return bool(self._kinds["not DICOM"]) and set(self._ends) == {ENDS["nothing to send"]}
 
     def _tell_failures(self) -> None:
         """Under one heading, those of one kind as one entry: what it is, below it what to do."""
@@ -2808,7 +2830,7 @@ class Teller(Lines):
             self.line(f"Files not sent: {parts}{named}.")
         seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
         if self._counts["files"]:
-            level = upload.level.used.most_common(1)[0][0] if upload.level.used else 1
+            level = upload.sender.level.used.most_common(1)[0][0] if upload.sender.level.used else 1
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
                       f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), mostly zipped at "
                       f"level {level}.")
@@ -3056,7 +3078,8 @@ def check(given: argparse.Namespace) -> None:
             continue
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
             auto = "auto, or " if name == "compression" else ""
-            refuse(f"--{name.replace('_', '-')}", f"give {auto}a whole number from {least} to {most}")
+            refuse(f"--{name.replace('_', '-')}",
+                   f"give {auto}a whole number from {least} to {most}")
         setattr(given, name, int(text))
     for pattern in given.only:
         if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
@@ -3213,9 +3236,10 @@ def run(settings: Settings, teller: Teller) -> int:
         xnat = Xnat(settings, programs, teller)
         try:
             xnat.meet()
-            xnat.look_around(tree.sessions)
+            contents = Contents(xnat, tree.sessions)
             ledger = stack.enter_context(closing(Ledger(settings, xnat.project)))
-            return send_all(tree, Upload(tree, xnat, workdir, ledger))
+            sender = Sender(xnat, workdir, ledger, len(tree.sessions) == 1)
+            return send_all(tree, Upload(tree, contents, sender))
         finally:  # a user has a limited number of server sessions
             programs.stopping.clear()
             with suppress(Stop, Trouble):
@@ -3249,8 +3273,8 @@ def send_all(tree: Tree, upload: Upload) -> int:
         ledger.exclude(set(settings.config) | ledger.exclusions)
     gone = sorted(ledger.from_here - tree.labels)
     if gone:
-        teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent from "
-                   f"here {'have' if gone[1:] else 'has'} no folder any more ({some(gone, 5)}): see "
+        teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent "
+                   f"from here have no folder any more ({some(gone, 5)}): see "
                    "whether that is meant")
     for folder, trouble in look_at_strays(tree):
         teller.fail(folder, trouble)
@@ -3258,13 +3282,17 @@ def send_all(tree: Tree, upload: Upload) -> int:
     status, again = ALL_THERE, True
     try:
         upload.go()
-        for address in xnat.leftovers(upload.whole) if upload.whole else ():
+        for address in upload.contents.leftovers(upload.whole):
             teller.say(f"{address}: lies in the prearchive beside its archived session: look at it "
                        "there; if it is a copy it may be deleted, nothing of it is needed")
     except (Stop, OSError) as stop:
         again = not isinstance(stop, Misplaced)
         teller.say(str(stop))
         status = getattr(stop, "status", STOPPED)
+    if teller.saw_only_junk() and not status:
+        teller.say(f"ROOTDIR {settings.rootdir}: none of its files is DICOM: is this the folder "
+                   "that holds the subjects?")
+        status = WRONG_CALL
     teller.summary(upload, again)
     return status or (SOME_FAILED if teller.failures else ALL_THERE)
 

@@ -125,7 +125,6 @@ class Names(TreeTest):
         with self.xnat() as server:
             dry = self.dry_run(server, status=1, preexec=drop_root_rights)
             ran = self.run_it(server, status=1, preexec=drop_root_rights)
-            self.run_it(server, status=1, posts=0, preexec=drop_root_rights)
             self.assertEqual(set(server.archive),
                              {("BRAIN", "good_pre"), ("BRAIN", "no-session_post")})
             self.assertEqual(server.stored("no-session_post"), sorted(post))
@@ -382,7 +381,6 @@ class TooHigh(TreeTest):
             for subject, digest in wanted.items():
                 self.assert_archived(server, f"{subject}_007", digest)
                 self.assertEqual(len(server.archive["BRAIN", f"{subject}_007"].scans), 3)
-            self.run_it(server, "--nested", status=0, posts=0)
 
     def test_xnats_own_download_goes_and_is_judged_the_same_in_every_slice(self) -> None:
         wanted = {}

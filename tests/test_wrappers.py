@@ -177,13 +177,18 @@ class RunUpload(Wrapped):
     def test_every_setting_reaches_the_program_as_it_is(self) -> None:
         done = self.run_with(ROOTDIR="-" + ODD + "\n", CONFIG="-c" + ODD, WORKDIR="-w" + ODD)
         self.assertEqual(done.seen["argv"], [
-            str(PROGRAM), "--workdir=-w" + ODD, "--config=-c" + ODD, "--",
+            str(PROGRAM), f"--workdir={TOP}/-w" + ODD, "--config=-c" + ODD, "--",
             SETTINGS["URL"], SETTINGS["USER_NAME"], "-", SETTINGS["PROJECT"], "-" + ODD + "\n"])
         self.assertFalse((self.home / "hit").exists())
 
-    def test_without_a_config_none_is_named_and_the_workdir_is_work(self) -> None:
-        argv = self.run_with().seen["argv"]
-        self.assertEqual(argv[1:argv.index("--")], ["--workdir=work"])
+    def test_without_a_config_none_is_named_and_the_workdir_lies_beside_it_and_is_said(
+            self) -> None:
+        done = self.run_with()
+        argv = done.seen["argv"]
+        self.assertEqual(argv[1:argv.index("--")], [f"--workdir={TOP}/work"])
+        self.assertIn(f"Log and report: {TOP}/work\n", done.output)
+        argv = self.run_with(WORKDIR=str(self.home)).seen["argv"]
+        self.assertEqual(argv[1:argv.index("--")], [f"--workdir={self.home}"])
 
     def test_further_arguments_are_handed_on(self) -> None:
         more = ["--only", "00*/pre x", "--dry-run", "", "-n", ODD]
