@@ -1694,9 +1694,20 @@ class Contents:
         """Label, subject and Study UID of a session in the archive, None if it is not there."""
         if self.archive is not None:
             return self.archive.get(session.label)
-        found = self.xnat.get(self.path(session))  # no listing: ask for this one
+        row = self._fields(self.path(session))  # no listing: ask for this one
+        if row is None:  # under another subject?
+            row = self._fields(self.xnat.path("experiments", session.label))
+            if row and row.get("subject_id"):
+                owner = self._fields(self.xnat.path("subjects", row["subject_id"])) or {}
+                row["subject_label"] = owner.get("label") or row["subject_id"]
+        return row
+
+    def _fields(self, path: str) -> Optional[Row]:
+        """The fields of the item at `path`, None if it is not there."""
+        found = self.xnat.get(path)
         with suppress(KeyError, IndexError, TypeError, AttributeError):
-            return {"uid": str(found["items"][0]["data_fields"].get("UID") or "")}
+            return {key.lower(): str(value or "")
+                    for key, value in found["items"][0]["data_fields"].items()}
         return None if found is None else {}
 
     def path(self, session: Session) -> str:
