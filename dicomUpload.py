@@ -1553,7 +1553,10 @@ class Xnat(Curl):
             scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
             if scan in uids and label in ("DICOM", "secondary"):
                 if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
-                    count = str(len(self.names(Scan(path, scan, "", 0), label)))
+                    count = str(len(self.names(Scan(path, scan, "", 0), label)) or "")
+                if not count:
+                    raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
+                                  "ask the XNAT admin to refresh its catalogs, then run again")
                 counts[scan] += int(count)
         return [Scan(path, scan, uid, counts[scan]) for scan, uid in uids.items()]
 
