@@ -2369,7 +2369,10 @@ class Upload:
         outcome.earlier, outcome.files = not sent, len(images)
         ours = Counter(image.series for image in images)
         theirs: Counter[str] = Counter()
-        for scan in self.xnat.scans(path) or []:
+        scans = self.xnat.scans(path) or []
+        if outcome.where == "prearchived" and self.contents.archived(session) is not None:
+            scans += self.xnat.scans(self.contents.path(session)) or []  # what is new waits
+        for scan in scans:
             theirs[scan.uid] += scan.files
         if not set(ours) & set(theirs):
             ours, theirs = Counter({"": len(images)}), Counter({"": sum(theirs.values())})
