@@ -2250,9 +2250,11 @@ class Upload:
         session, settings, xnat = outcome.session, self.settings, self.xnat
         outcome.series = series = list_session(session, settings)
         known = self.ledger.of(session)
-        memory = Memory() if settings.again or settings.dry_run else known
-        if self._is_known(outcome, memory):
-            return
+        memory = Memory() if settings.again else known
+        if not settings.dry_run:
+            self._check_deleted(session, memory)
+            if self._is_known(outcome, memory):
+                return
         with self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
@@ -2303,26 +2305,32 @@ class Upload:
         if self.xnat.programs.stopping.is_set():
             raise Stopping("stopping")
 
-    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
-        """Whether an earlier run has verified this very folder, and XNAT still has it.
-
-        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
-        has told. Raises Trouble if somebody has deleted it since.
-        """
-        session = outcome.session
-        if not memory.is_same(outcome.series):
-            return False
-        archived = (memory.ended != "nothing to send" and
-                    self.contents.archived(session) is not None)
-        if memory.ended == "prearchived" and memory.path not in self.contents.waiting(session):
-            if archived:  # its reviewer has archived it: count it there
-                return False
-            if not self.xnat.status(memory.path):
-                raise Trouble("it was left for review, and is neither in the prearchive nor in the "
-                              "archive any more", anew(session))
-        if memory.ended == "archived" and not archived:
+    def _check_deleted(self, session: Session, memory: Memory) -> None:
+        """Raises Trouble if somebody has deleted what an earlier run brought there: it does not
+        come back by itself."""
+        if (memory.parts or memory.ended not in ("archived", "prearchived")
+                or self.contents.archived(session) is not None):
+            return
+        if memory.ended == "archived":
             raise Trouble("an earlier run saw it archived, and it is not there any more",
                           anew(session))
+        if not self._waits(session, memory.path):
+            raise Trouble("it was left for review, and is neither in the prearchive nor in the "
+                          "archive any more", anew(session))
+
+    def _waits(self, session: Session, address: str) -> bool:
+        """Whether a session is in the prearchive at this address."""
+        return address in self.contents.waiting(session) or bool(self.xnat.status(address))
+
+    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
+        """Whether an earlier run has verified this very folder, and it is where that run saw it.
+
+        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
+        has told.
+        """
+        if not memory.is_same(outcome.series) or (
+                memory.ended == "prearchived" and not self._waits(outcome.session, memory.path)):
+            return False  # or its reviewer has archived it: count it there
         for each in outcome.series:
             each.there = memory.series[each.name][2] if each.name in memory.series else 0
             each.status = each.status or ("already there" if each.there else "no DICOM")
