@@ -2277,7 +2277,7 @@ class Upload:
                 outcome.trouble = unreadable(str(error.filename or "the system"), error)
             with self._lock:
                 del self.active[session.path]
-                self.whole += [session] if outcome.where == "archived" else []
+                self.whole += [session] if outcome.where in ("archived", "there") else []
             self.teller.session(outcome)
             self._count_refusals(outcome)
 
@@ -2397,7 +2397,8 @@ class Upload:
         series = outcome.series
         outcome.files = sum(each.there for each in series)
         outcome.where = ("failed" if any(each.problems for each in series) else
-                         "to send" if addresses or any(each.missing for each in series) else
+                         "to send" if any(each.missing for each in series) else
+                         "to archive" if addresses and not self.settings.review else
                          "there" if outcome.files else "nothing to send")
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
@@ -2512,6 +2513,7 @@ ENDS = {
     "failed": "not there",
     "nothing to send": "nothing to send",
     "to send": "would be sent",
+    "to archive": "in the prearchive, would be archived",
     "there": "already there",
 }
 RED, GREEN, YELLOW = 31, 32, 33
