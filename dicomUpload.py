@@ -2002,16 +2002,19 @@ class Comparison:
         for uid, pairs in groups.items():
             scans = [scan for scan in held if uid and scan.uid == uid]
             count, ours = sum(scan.files for scan in scans), [image for _, image in pairs]
-            absent, sure = [] if count else ours, True
+            absent, sure, taken = [] if count else ours, True, False
             if count and count != len(ours):
-                absent, sure = not_among(ours, self._names(scans))
+                names = self._names(scans)
+                absent, sure = not_among(ours, names)
                 if count > len(ours) == len(absent):  # another program's names: the count tells
                     absent = []
+                # XNAT would refuse it, or put it in another image's place.
+                taken = any(stored_name(image) in names for image in absent)
             gone = set(absent)
             for image in ours:
                 image.missing = image in gone
             series = list(dict.fromkeys(each for each, _ in pairs))
-            if gone and not sure and not all(self.memory.has(each, [
+            if taken or gone and not sure and not all(self.memory.has(each, [
                     image for image in each.images if not image.missing]) for each in series):
                 self.doubts += [(each, Trouble(
                     f"XNAT has {count} of its {plural(len(ours), 'file')}, under other names (not "
@@ -2024,7 +2027,7 @@ class Comparison:
     def _recall(self, series: Series, told: bool) -> None:
         """Hold a series against what an earlier run has noted of it."""
         listing, _, count, _ = self.memory.series.get(series.name, ("", "", 0, False))
-        if not count or not series.images:
+        if not count or not series.images or any(each is series for each, _ in self.doubts):
             return
         there = [image for image in series.images if not image.missing]
         same = self.memory.has(series, there or series.images)
@@ -2484,8 +2487,8 @@ def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
     for image in images:
         if image.sop in by_uid:
             left[by_uid[image.sop]] = 0
-        else:  # the name under which XNAT stores a file (GradualDicomImporter)
-            claims[re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))].append(image)
+        else:
+            claims[stored_name(image)].append(image)
     absent: List[File] = []
     sure = bool(names)
     for name, claimed in claims.items():
@@ -2493,6 +2496,11 @@ def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
         sure = sure and left[name] in (0, len(claimed))  # else: which of them has it?
         left[name] = 0
     return absent, sure and not any(left.values())
+
+
+def stored_name(image: File) -> str:
+    """The name under which XNAT stores a file (GradualDicomImporter), unless another has it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
 
 def anew(session: Session, replacing: bool = False) -> str:
