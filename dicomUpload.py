@@ -1079,52 +1079,69 @@ def cut_short(name: str) -> Trouble:
 
 class Level:
     """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
-    run has measured."""
+    run has measured. While zips wait for the line, packing is behind them and costs nothing."""
 
-    WEIGHT = 0.3  # of the newest measurement: a line that changes is followed within a few parts
-    MARGIN = 1.1  # no change for less: it shall not flutter
+    NEWEST = 0.3  # weight of the newest part: a line that changes is followed within a few
 
-    def __init__(self, fixed: int) -> None:
-        self.level = 1 if fixed == AUTO else fixed
-        self.fixed = fixed != AUTO
+    def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
-        self._packing: Dict[int, float] = {}  # seconds a byte, by level
-        self._shrinking: Dict[int, float] = {}  # bytes made of a byte
-        self._posting = 0.0  # seconds a byte on the line
+        self._sums: Dict[str, List[float]] = {}  # seconds or bytes, of so many bytes
+        self._ahead = 0.0  # bytes of zips in the making, and of those that are not answered yet
+        self._going: Counter[str] = Counter()  # zips and POSTs at work
+        self._clock = clock
         self._lock = threading.Lock()
 
-    def choose(self) -> int:
-        """The level for the next part."""
+    @contextmanager
+    def part(self, count: int) -> Iterator[int]:
+        """The level for a part of so many bytes. The next ones wait for it until it is sent."""
         with self._lock:
-            if not self.fixed:
-                untried = [level for level in (1, 0) if self.used[level] == 0]
-                self.level = untried[0] if untried else self._better()
-            self.used[self.level] += 1
-            return self.level
+            level = self._sooner(count) if self.fixed == AUTO else self.fixed
+            self.used[level] += 1
+            made = count * self._mean(f"zipped {level}", 0.5 if level else 1.0)
+            self._ahead += made
+        try:
+            yield level
+        finally:
+            with self._lock:
+                self._ahead -= made
 
-    def _better(self) -> int:
-        other = 1 - self.level
-        cost, others = self._cost(self.level), self._cost(other)
-        return other if others * self.MARGIN < cost else self.level
+    def _sooner(self, count: int) -> int:
+        posting = self._mean("posting", 0.0)
+        if not posting:  # the first one leaves at once; for the others smaller is the safer guess
+            return min(1, self.used[0])
+        wait = 0.75 * self._ahead * posting  # some of it has gone out
+        shared = count * (1 + self._going["packing"])
+        quick = self._mean("packing 0", self._mean("packing 1", 0.0) / 10)
+        slow = shared * self._mean("packing 1", quick * 10)
+        stored = max(wait, shared * quick) + posting * count
+        zipped = max(wait, slow) + posting * count * self._mean("zipped 1", 0.5)
+        look = sum(self.used.values()) % 8 == 0 and slow < wait  # for nothing: do they shrink now?
+        return int(zipped < 0.999 * stored or look)
 
-    def _cost(self, level: int) -> float:
-        return self._packing.get(level, 0.0) + self._shrinking.get(level, 1.0) * self._posting
+    def _mean(self, what: str, unknown: float) -> float:
+        value, count = self._sums.get(what, (unknown, 1.0))
+        return value / count
 
-    def packed(self, level: int, given: int, made: int, seconds: float) -> None:
-        """A part of `given` bytes became a zip of `made` bytes in so many seconds."""
+    def learn(self, what: str, value: float, count: int) -> None:
+        """So many seconds, or bytes of a zip, for so many bytes."""
+        self._sums[what] = [(1.0 - self.NEWEST) * old + new for old, new in zip(
+            self._sums.get(what, (0.0, 0.0)), (value, max(1, count)))]
+
+    @contextmanager
+    def timed(self, kind: str, level: str, count: int) -> Iterator[None]:
+        """Learn how long this takes. What goes on side by side shares the time."""
         with self._lock:
-            self._learn(self._packing, level, seconds / max(1, given))
-            self._learn(self._shrinking, level, made / max(1, given))
-
-    def posted(self, sent: int, seconds: float) -> None:
-        """A zip of `sent` bytes took so many seconds on the line."""
-        with self._lock:
-            newest = seconds / max(1, sent)
-            self._posting += (newest - self._posting) * (self.WEIGHT if self._posting else 1.0)
-
-    def _learn(self, values: Dict[int, float], level: int, newest: float) -> None:
-        values[level] = newest if level not in values else (
-            values[level] + self.WEIGHT * (newest - values[level]))
+            self._going[kind] += 1
+            going, began = self._going[kind], self._clock()
+        try:
+            yield
+            with self._lock:
+                seconds = (self._clock() - began) / ((going + self._going[kind]) / 2)
+                self.learn(f"{kind} {level}".strip(), seconds, count)
+        finally:
+            with self._lock:
+                self._going[kind] -= 1
 
 
 # ---- curl ----------------------------------------------------------------------------------
@@ -2102,6 +2119,10 @@ class Part(NamedTuple):
     series: Series
     files: List[File]
 
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
 
 class Sender:
     """Packs what is missing and posts it: --procs uploads side by side, twice as many zips."""
@@ -2183,26 +2204,40 @@ class Sender:
             stack.enter_context(self.zips)
             zipped = stack.enter_context(self.workdir.room_for(part.files))
             part.series.began = part.series.began or time.monotonic()
-            began, level = time.monotonic(), self.level.choose()
+            level = stack.enter_context(self.level.part(part.bytes))
             try:
-                pack(folder, part.files, zipped, level, self.xnat.programs)
+                with self.level.timed("packing", str(level), part.bytes):
+                    pack(folder, part.files, zipped, level, self.xnat.programs)
                 made = os.path.getsize(zipped)
             except OSError as error:
                 raise unreadable(str(error.filename or "the workdir"), error)
+<<<<<<< HEAD
             given = sum(file.bytes for file in part.files)
             self.level.packed(level, given, made, time.monotonic() - began)
             self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
                                  f"{level}, {size(given)} to {size(made)}")
+=======
+            self.level.learn(f"zipped {level}", made, part.bytes)
+            self.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
+                            f"{level}, {size(part.bytes)} to {size(made)}")
+>>>>>>> h/bench
             return zipped, stack.pop_all()
 
     def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
         """POST a part, and note it; its address. Raises Trouble."""
         session, series = outcome.session, part.series
+<<<<<<< HEAD
         name = f"{session.label} {series.name}"
         with self.slots, self.xnat.teller.at_work(name, part.files) as moved:
             began, made = time.monotonic(), os.path.getsize(zipped)
             address = self.xnat.post(session, series, len(part.files), zipped, moved)
             self.level.posted(made, time.monotonic() - began)
+=======
+        with self.slots, self.teller.at_work(f"{session.label} {series.name}", part.files) as moved:
+            made = os.path.getsize(zipped)
+            with self.level.timed("posting", "", made):
+                address = self.xnat.post(session, series, len(part.files), zipped, moved)
+>>>>>>> h/bench
             self.ledger.add(session, "sent", series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
                             address=address)
@@ -2213,7 +2248,7 @@ class Sender:
             file.missing = False
         series.sent += len(part.files)
         series.there += len(part.files)
-        series.bytes += sum(file.bytes for file in part.files)
+        series.bytes += part.bytes
         series.zipped += made
         series.seconds = time.monotonic() - series.began
         series.status = "" if series.missing else "sent"
@@ -2925,10 +2960,14 @@ class Teller(Lines):
             self.line(f"Files not sent: {parts}{named}.")
         seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
         if self._counts["files"]:
+<<<<<<< HEAD
             level = upload.sender.level.used.most_common(1)[0][0] if upload.sender.level.used else 1
+=======
+            levels = [level for level, _ in upload.level.used.most_common(2)]
+>>>>>>> h/bench
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
-                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), mostly zipped at "
-                      f"level {level}.")
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), "
+                      f"{'mostly ' if levels[1:] else ''}zipped at level {levels[0]}.")
 
     def _room(self, upload: Upload) -> str:
         """What a dry run says of the workdir's disk."""
