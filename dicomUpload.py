@@ -2211,33 +2211,18 @@ class Sender:
                 made = os.path.getsize(zipped)
             except OSError as error:
                 raise unreadable(str(error.filename or "the workdir"), error)
-<<<<<<< HEAD
-            given = sum(file.bytes for file in part.files)
-            self.level.packed(level, given, made, time.monotonic() - began)
-            self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
-                                 f"{level}, {size(given)} to {size(made)}")
-=======
             self.level.learn(f"zipped {level}", made, part.bytes)
-            self.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
-                            f"{level}, {size(part.bytes)} to {size(made)}")
->>>>>>> h/bench
+            self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
+                                 f"{level}, {size(part.bytes)} to {size(made)}")
             return zipped, stack.pop_all()
 
     def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
         """POST a part, and note it; its address. Raises Trouble."""
         session, series = outcome.session, part.series
-<<<<<<< HEAD
-        name = f"{session.label} {series.name}"
+        name, made = f"{session.label} {series.name}", os.path.getsize(zipped)
         with self.slots, self.xnat.teller.at_work(name, part.files) as moved:
-            began, made = time.monotonic(), os.path.getsize(zipped)
-            address = self.xnat.post(session, series, len(part.files), zipped, moved)
-            self.level.posted(made, time.monotonic() - began)
-=======
-        with self.slots, self.teller.at_work(f"{session.label} {series.name}", part.files) as moved:
-            made = os.path.getsize(zipped)
             with self.level.timed("posting", "", made):
                 address = self.xnat.post(session, series, len(part.files), zipped, moved)
->>>>>>> h/bench
             self.ledger.add(session, "sent", series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
                             address=address)
@@ -2960,11 +2945,7 @@ class Teller(Lines):
             self.line(f"Files not sent: {parts}{named}.")
         seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
         if self._counts["files"]:
-<<<<<<< HEAD
-            level = upload.sender.level.used.most_common(1)[0][0] if upload.sender.level.used else 1
-=======
-            levels = [level for level, _ in upload.level.used.most_common(2)]
->>>>>>> h/bench
+            levels = [level for level, _ in upload.sender.level.used.most_common(2)]
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
                       f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), "
                       f"{'mostly ' if levels[1:] else ''}zipped at level {levels[0]}.")
