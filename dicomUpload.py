@@ -1079,52 +1079,69 @@ def cut_short(name: str) -> Trouble:
 
 class Level:
     """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
-    run has measured."""
+    run has measured. While zips wait for the line, packing is behind them and costs nothing."""
 
-    WEIGHT = 0.3  # of the newest measurement: a line that changes is followed within a few parts
-    MARGIN = 1.1  # no change for less: it shall not flutter
+    NEWEST = 0.3  # weight of the newest part: a line that changes is followed within a few
 
-    def __init__(self, fixed: int) -> None:
-        self.level = 1 if fixed == AUTO else fixed
-        self.fixed = fixed != AUTO
+    def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
-        self._packing: Dict[int, float] = {}  # seconds a byte, by level
-        self._shrinking: Dict[int, float] = {}  # bytes made of a byte
-        self._posting = 0.0  # seconds a byte on the line
+        self._sums: Dict[str, List[float]] = {}  # seconds or bytes, of so many bytes
+        self._ahead = 0.0  # bytes of zips in the making, and of those that are not answered yet
+        self._going: Counter[str] = Counter()  # zips and POSTs at work
+        self._clock = clock
         self._lock = threading.Lock()
 
-    def choose(self) -> int:
-        """The level for the next part."""
+    @contextmanager
+    def part(self, count: int) -> Iterator[int]:
+        """The level for a part of so many bytes. The next ones wait for it until it is sent."""
         with self._lock:
-            if not self.fixed:
-                untried = [level for level in (1, 0) if self.used[level] == 0]
-                self.level = untried[0] if untried else self._better()
-            self.used[self.level] += 1
-            return self.level
+            level = self._sooner(count) if self.fixed == AUTO else self.fixed
+            self.used[level] += 1
+            made = count * self._mean(f"zipped {level}", 0.5 if level else 1.0)
+            self._ahead += made
+        try:
+            yield level
+        finally:
+            with self._lock:
+                self._ahead -= made
 
-    def _better(self) -> int:
-        other = 1 - self.level
-        cost, others = self._cost(self.level), self._cost(other)
-        return other if others * self.MARGIN < cost else self.level
+    def _sooner(self, count: int) -> int:
+        posting = self._mean("posting", 0.0)
+        if not posting:  # the first one leaves at once; for the others smaller is the safer guess
+            return min(1, self.used[0])
+        wait = 0.75 * self._ahead * posting  # some of it has gone out
+        shared = count * (1 + self._going["packing"])
+        quick = self._mean("packing 0", self._mean("packing 1", 0.0) / 10)
+        slow = shared * self._mean("packing 1", quick * 10)
+        stored = max(wait, shared * quick) + posting * count
+        zipped = max(wait, slow) + posting * count * self._mean("zipped 1", 0.5)
+        look = sum(self.used.values()) % 8 == 0 and slow < wait  # for nothing: do they shrink now?
+        return int(zipped < 0.999 * stored or look)
 
-    def _cost(self, level: int) -> float:
-        return self._packing.get(level, 0.0) + self._shrinking.get(level, 1.0) * self._posting
+    def _mean(self, what: str, unknown: float) -> float:
+        value, count = self._sums.get(what, (unknown, 1.0))
+        return value / count
 
-    def packed(self, level: int, given: int, made: int, seconds: float) -> None:
-        """A part of `given` bytes became a zip of `made` bytes in so many seconds."""
+    def learn(self, what: str, value: float, count: int) -> None:
+        """So many seconds, or bytes of a zip, for so many bytes."""
+        self._sums[what] = [(1.0 - self.NEWEST) * old + new for old, new in zip(
+            self._sums.get(what, (0.0, 0.0)), (value, max(1, count)))]
+
+    @contextmanager
+    def timed(self, kind: str, level: str, count: int) -> Iterator[None]:
+        """Learn how long this takes. What goes on side by side shares the time."""
         with self._lock:
-            self._learn(self._packing, level, seconds / max(1, given))
-            self._learn(self._shrinking, level, made / max(1, given))
-
-    def posted(self, sent: int, seconds: float) -> None:
-        """A zip of `sent` bytes took so many seconds on the line."""
-        with self._lock:
-            newest = seconds / max(1, sent)
-            self._posting += (newest - self._posting) * (self.WEIGHT if self._posting else 1.0)
-
-    def _learn(self, values: Dict[int, float], level: int, newest: float) -> None:
-        values[level] = newest if level not in values else (
-            values[level] + self.WEIGHT * (newest - values[level]))
+            self._going[kind] += 1
+            going, began = self._going[kind], self._clock()
+        try:
+            yield
+            with self._lock:
+                seconds = (self._clock() - began) / ((going + self._going[kind]) / 2)
+                self.learn(f"{kind} {level}".strip(), seconds, count)
+        finally:
+            with self._lock:
+                self._going[kind] -= 1
 
 
 # ---- curl ----------------------------------------------------------------------------------
@@ -1555,7 +1572,10 @@ class Xnat(Curl):
             scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
             if scan in uids and label in ("DICOM", "secondary"):
                 if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
-                    count = str(len(self.names(Scan(path, scan, "", 0), label)))
+                    count = str(len(self.names(Scan(path, scan, "", 0), label)) or "")
+                if not count:
+                    raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
+                                  "ask the XNAT admin to refresh its catalogs, then run again")
                 counts[scan] += int(count)
         return [Scan(path, scan, uid, counts[scan]) for scan, uid in uids.items()]
 
@@ -1696,9 +1716,20 @@ class Contents:
         """Label, subject and Study UID of a session in the archive, None if it is not there."""
         if self.archive is not None:
             return self.archive.get(session.label)
-        found = self.xnat.get(self.path(session))  # no listing: ask for this one
+        row = self._fields(self.path(session))  # no listing: ask for this one
+        if row is None:  # under another subject?
+            row = self._fields(self.xnat.path("experiments", session.label))
+            if row and row.get("subject_id"):
+                owner = self._fields(self.xnat.path("subjects", row["subject_id"])) or {}
+                row["subject_label"] = owner.get("label") or row["subject_id"]
+        return row
+
+    def _fields(self, path: str) -> Optional[Row]:
+        """The fields of the item at `path`, None if it is not there."""
+        found = self.xnat.get(path)
         with suppress(KeyError, IndexError, TypeError, AttributeError):
-            return {"uid": str(found["items"][0]["data_fields"].get("UID") or "")}
+            return {key.lower(): str(value or "")
+                    for key, value in found["items"][0]["data_fields"].items()}
         return None if found is None else {}
 
     def path(self, session: Session) -> str:
@@ -1712,12 +1743,13 @@ class Contents:
         """Addresses in the prearchive under a session's label."""
         return [address_of(row) for row in self.prearchive.get(session.label, [])]
 
-    def check_label(self, session: Session, study: str, memory: Memory) -> None:
+    def check_label(self, session: Session, series: List[Series], memory: Memory) -> None:
         """Raises Trouble if XNAT has something else under this session's label.
 
         If an earlier run brought it there, a script of the site may have changed its Study UID.
         """
-        known, waiting = memory.ended or memory.address, self.prearchive.get(session.label, [])
+        study = next(image.study for each in series for image in each.images)
+        waiting = self.prearchive.get(session.label, [])
         still = [row for row in waiting if self.xnat.status(address_of(row))]
         if len(still) < len(waiting) or memory.address and not self.xnat.status(memory.address):
             self.look_again(session, still)  # an earlier commit has archived it since the meeting
@@ -1728,9 +1760,13 @@ class Contents:
             if subject and subject.lower() != session.subject_label.lower():
                 raise Trouble(f"XNAT's {where} has {session.label} under subject {subject}, here "
                               f"it is subject {session.subject_label}", "rename the folder")
-            if uid and study and uid != study and not known:
+            if not uid or not study or uid == study or self.xnat.settings.again and memory.ended:
+                continue
+            if not any(memory.has(each, each.images) or memory.sent(each) for each in series):
                 raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
-                              f"(there {uid}, here {study})", "rename the session folder")
+                              f"(there {uid}, here {study})", "rename the session folder" + (
+                                  "; if it is a script of the site that changes UIDs, "
+                                  f"{anew(session, True)}" if memory.ended else ""))
 
     def look_again(self, session: Session, waiting: List[Row]) -> str:
         """Something of a session has left the prearchive: where the archive has it now, or ''."""
@@ -1790,6 +1826,18 @@ class Memory:
         return self.whole and not self.parts and not any(each.problems for each in series) and {
             each.name: each.listing for each in series if not each.status} == {
             name: known[0] for name, known in self.series.items()}
+
+    def has(self, series: Series, images: List[File]) -> bool:
+        """Whether these images of a series are those that an earlier run noted, by their UIDs,
+        sizes and CRC-32s."""
+        listing, known, count, by_crc = self.series.get(series.name, ("", "", 0, False))
+        if not images or len(images) != count:
+            return False
+        if listing == series.listing and len(series.images) == count:
+            return True
+        for image in images if by_crc else ():
+            crc_of(series, image)
+        return images_fingerprint(images, by_crc) == known
 
     def sent(self, series: Series) -> List[File]:
         """Images of a series, as they are now, that were sent to `address`."""
@@ -1923,39 +1971,49 @@ class Comparison:
         self.series = outcome.series
         self.memory = memory
         self.archived = contents.archived(self.session) is not None
-        self.held: List[Scan] = []  # in the archive
-        self.told = False  # whether it tells our UIDs; else a script may have changed them
+        self.doubts: List[Tuple[Series, Trouble]] = []
 
     def addresses(self) -> List[str]:
         """Mark the images that the server has; the prearchive addresses that wait for a commit.
 
         Raises Trouble where sending more could only make it worse.
         """
+        held: List[Scan] = []
         if self.archived:
-            self.held = self.xnat.scans(self.contents.path(self.session)) or []
-        self.told = bool({scan.uid for scan in self.held if scan.uid} & {
-            image.series for each in self.series for image in each.images})
-        self._match(self.held)
-        for each in self.series:
-            self._recall(each)
+            held = self.xnat.scans(self.contents.path(self.session)) or []
+        told = self._hold(held)
         address, here = self.memory.address, self.contents.waiting(self.session)
-        found: List[str] = []
-        if address and (address in here or self.xnat.status(address)):
-            found = [address]
-        elif address and not self.archived:
+        waits = address in here or bool(address and self.xnat.status(address))
+        found = [address] if waits else []
+        if here and not waits and not (self.archived and all(
+                not image.missing for each in self.series for image in each.images)):
+            self._join(held, here)
+            found = here
+        elif address and not waits and not self.archived:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
                                  "it again")
-        elif here and not address and not (self.archived and all(
-                not each.missing for each in self.series)):
-            self._join(here)
-            found = here
-        if address and (found or self.archived and not self.told):
+        if waits or self.archived and not told:
             for image in itertools.chain.from_iterable(map(self.memory.sent, self.series)):
                 image.missing = False
+        for series, trouble in self.doubts:
+            series.problems.append(trouble)
         return found
 
+    def _hold(self, held: List[Scan]) -> bool:
+        """Mark what `held` has, or what the ledger knows of it; whether XNAT tells our UIDs."""
+        told = not held or bool({scan.uid for scan in held if scan.uid} & {
+            image.series for each in self.series for image in each.images})
+        if told and self.xnat.settings.dry_run:  # it shows what the server says
+            self.memory = replace(self.memory, ended="", series={})
+        self.doubts = []
+        self._match(held)
+        if held or self.archived:
+            for each in self.series:
+                self._recall(each, told)
+        return told
+
     def _match(self, held: List[Scan]) -> None:
-        """Mark what `held` has: by Series UID and count, and by names where it has a part."""
+        """Mark what `held` has: by Series UID and count, and by names where these differ."""
         groups: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
         for each in self.series:
             for image in each.images:
@@ -1963,66 +2021,96 @@ class Comparison:
         for uid, pairs in groups.items():
             scans = [scan for scan in held if uid and scan.uid == uid]
             count, ours = sum(scan.files for scan in scans), [image for _, image in pairs]
-            absent: Optional[List[File]] = [] if count >= len(ours) else ours
-            if 0 < count < len(ours):
-                absent = not_among(ours, [name for scan in scans for name in self.xnat.names(scan)])
-            if absent is None:
-                for each in dict.fromkeys(each for each, _ in pairs):
-                    each.problems.append(Trouble(
-                        f"XNAT has {count} of its {plural(len(ours), 'file')}, under other names: "
-                        "which are missing cannot be told", "add --again --overwrite-files, and "
-                        "--only with this session, to send all of it again"))
-            gone = set(absent or ())
+            absent, sure, taken = [] if count else ours, True, False
+            if count and count != len(ours):
+                names = self._names(scans)
+                absent, sure = not_among(ours, names)
+                if count > len(ours) == len(absent):  # another program's names: the count tells
+                    absent = []
+                # XNAT would refuse it, or put it in another image's place.
+                taken = any(stored_name(image) in names for image in absent)
+            gone = set(absent)
             for image in ours:
                 image.missing = image in gone
+            series = list(dict.fromkeys(each for each, _ in pairs))
+            if taken or gone and not sure and not all(self.memory.has(each, [
+                    image for image in each.images if not image.missing]) for each in series):
+                self.doubts += [(each, Trouble(
+                    f"XNAT has {count} of its {plural(len(ours), 'file')}, under other names (not "
+                    f"{absent[0].name}): which are missing cannot be told",
+                    anew(self.session, True))) for each in series]
 
-    def _recall(self, series: Series) -> None:
-        """Hold a series against what an earlier run has archived of it."""
-        listing, images, count, by_crc = self.memory.series.get(series.name, ("", "", 0, False))
-        if not (count and self.archived and self.memory.ended == "archived" and series.images):
+    def _names(self, scans: List[Scan]) -> List[str]:
+        return [name for scan in scans for name in self.xnat.names(scan)]
+
+    def _recall(self, series: Series, told: bool) -> None:
+        """Hold a series against what an earlier run has noted of it."""
+        listing, _, count, _ = self.memory.series.get(series.name, ("", "", 0, False))
+        if not count or not series.images or any(each is series for each, _ in self.doubts):
             return
-        if not self.told:  # what an earlier run verified is there
+        there = [image for image in series.images if not image.missing]
+        same = self.memory.has(series, there or series.images)
+        trouble = None
+        if not told and same:  # a script has changed the UIDs
             for image in series.images:
                 image.missing = False
-        there = [image for image in series.images if not image.missing]
-        same = listing == series.listing  # times alone are no change
-        # Where files were removed here, nothing can be said of the others.
-        if not same and len(there or series.images) == count:
-            for image in series.images if by_crc else ():
-                crc_of(series, image)
-            same = images_fingerprint(there or series.images, by_crc) == images
-        elif self.told:
-            same = True
-        if same and not there:
-            series.problems.append(Trouble("an earlier run saw it archived, and it is not there "
-                                           "any more", anew(self.session)))
-        elif not same and self.xnat.settings.overwrite_files:
+        elif not told:
+            trouble = Trouble("has changed since it was sent, and XNAT has other UIDs: which "
+                              "images are missing cannot be told", anew(self.session, True))
+        elif not there and same:
+            self.doubts.append((series, Trouble("an earlier run saw it archived, and it is not "
+                                                "there any more", anew(self.session, True))))
+        # Times alone are no change. Where files were removed here, nothing can be said.
+        elif len(there) == count and listing != series.listing and not same:
+            trouble = Trouble("has changed since it was sent", "with --overwrite-files it replaces "
+                              "what XNAT has")
+        if trouble and self.xnat.settings.overwrite_files:
             for image in series.images:
                 image.missing = True
-        elif not same:
-            series.problems.append(Trouble("has changed since it was sent", "with "
-                                           "--overwrite-files it replaces what XNAT has"))
+        elif trouble:
+            self.doubts.append((series, trouble))
 
-    def _join(self, here: List[str]) -> None:
+    def _join(self, held: List[Scan], here: List[str]) -> None:
         """Mark what waits in the prearchive, left there by a run whose workdir is lost, or by
         another tool. Raises Trouble if a commit of that could only conflict."""
         waiting: List[Scan] = []
         for address in here:
             status = self.xnat.status(address)
-            if status == "RECEIVING" and self.xnat.settings.dry_run:
+            built = status not in ("RECEIVING", "ERROR")  # else it tells nothing, or not all
+            if not built and self.xnat.settings.dry_run:
                 self.xnat.teller.say(f"{self.session.label}: waits in the prearchive ({address}); "
                                      "what of it is there shows when it is sent")
                 continue
-            if status == "RECEIVING":  # it tells what it has only once it is built
+            if not built:
                 self.xnat.build(address)
+                self._check_study(address)
             waiting += self.xnat.scans(address) or []
-        copies = [scan for scan in waiting for other in self.held if scan.uid == other.uid != ""
-                  and set(self.xnat.names(scan)) & set(self.xnat.names(other))]
-        if copies and not self.contents.replaces:
-            raise Trouble(f"the prearchive holds a copy of what is archived ({copies[0].path}), "
+        if not self.contents.replaces and self._overlap(held, waiting):
+            raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(here)}), "
                           "and what is missing would join it",
                           "delete that copy in the prearchive, then run again")
-        self._match(self.held + waiting)
+        self._hold(held + waiting)
+
+    def _check_study(self, address: str) -> None:
+        """Raises Trouble if a build has shown UIDs that are not ours, and no ledger helps."""
+        study = next(image.study for each in self.series for image in each.images)
+        tags = {row.get("tag", study) for row in self.xnat.rows(address) or []}
+        if tags - {study} and not self.memory.ended:
+            raise Trouble("the prearchive holds some of it with UIDs that a script has changed "
+                          f"({address}): what is missing cannot be told",
+                          "delete that in the prearchive, then run again")
+
+    def _overlap(self, held: List[Scan], waiting: List[Scan]) -> bool:
+        """Whether archive and prearchive hold the same image, by UID, name or number."""
+        for uid in {scan.uid for scan in held} & {scan.uid for scan in waiting} - {""}:
+            ours = [image for each in self.series for image in each.images if image.series == uid]
+            names = [self._names([scan for scan in scans if scan.uid == uid])
+                     for scans in (held, waiting)]
+            absent = {image for each in names for image in not_among(ours, each)[0]}
+            if (set(names[0]) & set(names[1]) or len(absent) < len(ours)
+                    or ours and sum(map(len, names)) > len(ours)):
+                return True
+        return False
 
 
 class Part(NamedTuple):
@@ -2030,6 +2118,10 @@ class Part(NamedTuple):
 
     series: Series
     files: List[File]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
 
 
 class Sender:
@@ -2112,26 +2204,25 @@ class Sender:
             stack.enter_context(self.zips)
             zipped = stack.enter_context(self.workdir.room_for(part.files))
             part.series.began = part.series.began or time.monotonic()
-            began, level = time.monotonic(), self.level.choose()
+            level = stack.enter_context(self.level.part(part.bytes))
             try:
-                pack(folder, part.files, zipped, level, self.xnat.programs)
+                with self.level.timed("packing", str(level), part.bytes):
+                    pack(folder, part.files, zipped, level, self.xnat.programs)
                 made = os.path.getsize(zipped)
             except OSError as error:
                 raise unreadable(str(error.filename or "the workdir"), error)
-            given = sum(file.bytes for file in part.files)
-            self.level.packed(level, given, made, time.monotonic() - began)
+            self.level.learn(f"zipped {level}", made, part.bytes)
             self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
-                                 f"{level}, {size(given)} to {size(made)}")
+                                 f"{level}, {size(part.bytes)} to {size(made)}")
             return zipped, stack.pop_all()
 
     def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
         """POST a part, and note it; its address. Raises Trouble."""
         session, series = outcome.session, part.series
-        name = f"{session.label} {series.name}"
+        name, made = f"{session.label} {series.name}", os.path.getsize(zipped)
         with self.slots, self.xnat.teller.at_work(name, part.files) as moved:
-            began, made = time.monotonic(), os.path.getsize(zipped)
-            address = self.xnat.post(session, series, len(part.files), zipped, moved)
-            self.level.posted(made, time.monotonic() - began)
+            with self.level.timed("posting", "", made):
+                address = self.xnat.post(session, series, len(part.files), zipped, moved)
             self.ledger.add(session, "sent", series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
                             address=address)
@@ -2142,7 +2233,7 @@ class Sender:
             file.missing = False
         series.sent += len(part.files)
         series.there += len(part.files)
-        series.bytes += sum(file.bytes for file in part.files)
+        series.bytes += part.bytes
         series.zipped += made
         series.seconds = time.monotonic() - series.began
         series.status = "" if series.missing else "sent"
@@ -2188,8 +2279,8 @@ class Upload:
                 self.teller.progress()
         except BaseException as end:
             self.xnat.programs.stop()
-            if isinstance(end, RuntimeError):  # of threads or memory
-                raise Stop(f"this system starts no more threads ({end}): lower --procs")
+            if isinstance(end, RuntimeError) and "new thread" in str(end):
+                raise Stop("this system starts no more threads: lower --procs")
             raise (isinstance(end, Stopping) and self.xnat.programs.reason) or end
         finally:
             pool.shutdown()
@@ -2211,7 +2302,7 @@ class Upload:
                 outcome.trouble = unreadable(str(error.filename or "the system"), error)
             with self._lock:
                 del self.active[session.path]
-                self.whole += [session] if outcome.where == "archived" else []
+                self.whole += [session] if outcome.where in ("archived", "there") else []
             self.teller.session(outcome)
             self._count_refusals(outcome)
 
@@ -2238,16 +2329,18 @@ class Upload:
         session, settings, xnat = outcome.session, self.settings, self.xnat
         outcome.series = series = list_session(session, settings)
         known = self.ledger.of(session)
-        memory = Memory() if settings.again or settings.dry_run else known
-        if self._is_known(outcome, memory):
-            return
+        memory = Memory() if settings.again else known
+        if not settings.dry_run:
+            self._check_deleted(session, memory)
+            if self._is_known(outcome, memory):
+                return
         with self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
         self._tell_gone(outcome, known)
         addresses: List[str] = []
         if images:
-            self.contents.check_label(session, images[0].study, known)
+            self.contents.check_label(session, series, known)
             if not settings.again:
                 addresses = Comparison(self.contents, outcome, memory).addresses()
         for each in series:
@@ -2274,7 +2367,7 @@ class Upload:
                 raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive "
                               "does not have it", "run again to send it again")
         self._verify(outcome, images, bool(addresses))
-        self._note(outcome)
+        self._note(outcome, known)
 
     def _tell_gone(self, outcome: Outcome, memory: Memory) -> None:
         here = {each.name for each in outcome.series
@@ -2291,26 +2384,32 @@ class Upload:
         if self.xnat.programs.stopping.is_set():
             raise Stopping("stopping")
 
-    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
-        """Whether an earlier run has verified this very folder, and XNAT still has it.
-
-        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
-        has told. Raises Trouble if somebody has deleted it since.
-        """
-        session = outcome.session
-        if not memory.is_same(outcome.series):
-            return False
-        archived = (memory.ended != "nothing to send" and
-                    self.contents.archived(session) is not None)
-        if memory.ended == "prearchived" and memory.path not in self.contents.waiting(session):
-            if archived:  # its reviewer has archived it: count it there
-                return False
-            if not self.xnat.status(memory.path):
-                raise Trouble("it was left for review, and is neither in the prearchive nor in the "
-                              "archive any more", anew(session))
-        if memory.ended == "archived" and not archived:
+    def _check_deleted(self, session: Session, memory: Memory) -> None:
+        """Raises Trouble if somebody has deleted what an earlier run brought there: it does not
+        come back by itself."""
+        if (memory.parts or memory.ended not in ("archived", "prearchived")
+                or self.contents.archived(session) is not None):
+            return
+        if memory.ended == "archived":
             raise Trouble("an earlier run saw it archived, and it is not there any more",
                           anew(session))
+        if not self._waits(session, memory.path):
+            raise Trouble("it was left for review, and is neither in the prearchive nor in the "
+                          "archive any more", anew(session))
+
+    def _waits(self, session: Session, address: str) -> bool:
+        """Whether a session is in the prearchive at this address."""
+        return address in self.contents.waiting(session) or bool(self.xnat.status(address))
+
+    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
+        """Whether an earlier run has verified this very folder, and it is where that run saw it.
+
+        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
+        has told.
+        """
+        if not memory.is_same(outcome.series) or (
+                memory.ended == "prearchived" and not self._waits(outcome.session, memory.path)):
+            return False  # or its reviewer has archived it: count it there
         for each in outcome.series:
             each.there = memory.series[each.name][2] if each.name in memory.series else 0
             each.status = each.status or ("already there" if each.there else "no DICOM")
@@ -2323,7 +2422,8 @@ class Upload:
         series = outcome.series
         outcome.files = sum(each.there for each in series)
         outcome.where = ("failed" if any(each.problems for each in series) else
-                         "to send" if addresses or any(each.missing for each in series) else
+                         "to send" if any(each.missing for each in series) else
+                         "to archive" if addresses and not self.settings.review else
                          "there" if outcome.files else "nothing to send")
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
@@ -2357,7 +2457,10 @@ class Upload:
         outcome.earlier, outcome.files = not sent, len(images)
         ours = Counter(image.series for image in images)
         theirs: Counter[str] = Counter()
-        for scan in self.xnat.scans(path) or []:
+        scans = self.xnat.scans(path) or []
+        if outcome.where == "prearchived" and self.contents.archived(session) is not None:
+            scans += self.xnat.scans(self.contents.path(session)) or []  # what is new waits
+        for scan in scans:
             theirs[scan.uid] += scan.files
         if not set(ours) & set(theirs):
             ours, theirs = Counter({"": len(images)}), Counter({"": sum(theirs.values())})
@@ -2377,12 +2480,15 @@ class Upload:
                                 f"folder has {count}: they were there before, or came from "
                                 "elsewhere")
 
-    def _note(self, outcome: Outcome) -> None:
+    def _note(self, outcome: Outcome, memory: Memory) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
         known = {}
         for each in outcome.series:
-            if each.status != "left out":
-                by_crc = all(image.crc >= 0 for image in each.images)
+            by_crc = all(image.crc >= 0 for image in each.images)
+            earlier = memory.series.get(each.name, ("", "", 0, False))
+            if not by_crc and earlier[0] == each.listing:  # its CRC-32s are still true
+                known[each.name] = earlier
+            elif each.status != "left out":
                 known[each.name] = (each.listing, images_fingerprint(each.images, by_crc),
                                     len(each.images), by_crc)
         self.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
@@ -2394,29 +2500,35 @@ class Upload:
             Series(name, "") for name in session.series]) for session in self.waiting]
 
 
-def not_among(images: List[File], names: List[str]) -> Optional[List[File]]:
-    """The images that are not among the names of a scan's files; None if that cannot be told."""
+def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
+    """The images that are not among a scan's files by their names, and whether that is sure."""
     left = Counter(names)
-    absent: List[File] = []
-    twins: List[File] = []
+    # Other programs name files by their UID, and XNAT does so with a second file of one name.
+    by_uid = {uid: name for name in names for uid in re.findall(r"\d+(?:\.\d+)+", name)}
+    claims: Dict[str, List[File]] = defaultdict(list)
     for image in images:
-        # The name under which XNAT stores a file (GradualDicomImporter).
-        stored = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
-        if not left[stored]:  # other programs name files by their UID
-            stored = next((name for name in left if image.sop in name and left[name]), stored)
-        if left[stored]:
-            left[stored] -= 1
-        else:  # a second file of one name lies there under another
-            (twins if stored in left else absent).append(image)
-    foreign = sum(left.values())
-    if not foreign and names:
-        return absent + twins
-    return absent if twins and foreign == len(twins) else None
+        if image.sop in by_uid:
+            left[by_uid[image.sop]] = 0
+        else:
+            claims[stored_name(image)].append(image)
+    absent: List[File] = []
+    sure = bool(names)
+    for name, claimed in claims.items():
+        absent += claimed[left[name]:]
+        sure = sure and left[name] in (0, len(claimed))  # else: which of them has it?
+        left[name] = 0
+    return absent, sure and not any(left.values())
 
 
-def anew(session: Session) -> str:
+def stored_name(image: File) -> str:
+    """The name under which XNAT stores a file (GradualDicomImporter), unless another has it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
+
+
+def anew(session: Session, replacing: bool = False) -> str:
     """How to send all of a session again."""
-    return f"to send it anew, add --again --only {shlex.quote(glob.escape(session.path))}"
+    return (f"to send it anew, add {'--overwrite-files ' * replacing}--again --only "
+            f"{shlex.quote(glob.escape(session.path))}")
 
 
 # ---- telling -------------------------------------------------------------------------------
@@ -2431,6 +2543,7 @@ ENDS = {
     "failed": "not there",
     "nothing to send": "nothing to send",
     "to send": "would be sent",
+    "to archive": "in the prearchive, would be archived",
     "there": "already there",
 }
 RED, GREEN, YELLOW = 31, 32, 33
@@ -2832,10 +2945,10 @@ class Teller(Lines):
             self.line(f"Files not sent: {parts}{named}.")
         seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
         if self._counts["files"]:
-            level = upload.sender.level.used.most_common(1)[0][0] if upload.sender.level.used else 1
+            levels = [level for level, _ in upload.sender.level.used.most_common(2)]
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
-                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), mostly zipped at "
-                      f"level {level}.")
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), "
+                      f"{'mostly ' if levels[1:] else ''}zipped at level {levels[0]}.")
 
     def _room(self, upload: Upload) -> str:
         """What a dry run says of the workdir's disk."""

@@ -182,7 +182,8 @@ class Looking(ClientTest):
             self.assertEqual(seen, {"A_0001": 3, "B_0002": 4})
             self.assertEqual((label, archived), ("007_pre", self.sizes(A, B)))
             self.assert_whole(server)
-            self.run_it(server, status=0, posts=0, commits=0, words="archived", project="MANUAL")
+            self.run_it(server, status=0, posts=0, commits=0, words="already there, 7 files",
+                        project="MANUAL")
 
 
 class Importing(ClientTest):
