@@ -266,7 +266,8 @@ class AStorm(_RunningTest):
         """Delete in the prearchive what the uploader asks to have deleted there."""
         labels = {row["label"] for row in self.rows
                   if re.search("delete .*prearchive", row["message"])}
-        named = set(re.findall(r"(/prearchive/\S+) \(\w+\): lies in the prearchive beside", ran.err))
+        named = set(re.findall(r"(/prearchive/\S+) \(\w+\): lies in the prearchive beside",
+                               ran.err))
         for row in server.prearchive:
             if row.name in labels or row.uri in named:
                 with server.changed:
