@@ -1673,7 +1673,7 @@ class Xnat(Curl):
             if not lost or tries > self.settings.retries:
                 break
             self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
-        if meaning.heals:  # XNAT keeps the reason
+        if meaning.heals and status in ("CONFLICT", "ERROR"):  # XNAT keeps the reason
             answer = self.ask("GET", address + "/logs/last")
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
                       meaning_of(answer).to_do, refused=True)
