@@ -2188,6 +2188,8 @@ class Sender:
                         addresses += [] if problems else [self._post(outcome, part, zipped)]
                     except Trouble as trouble:
                         problems.append(trouble)
+                    except OSError as error:
+                        problems.append(unreadable(str(error.filename or "the workdir"), error))
         finally:
             outcome.answered.set()
             if packed:  # after a stop nobody takes it: others wait for its room
