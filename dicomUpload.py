@@ -2851,7 +2851,10 @@ class Teller(Lines):
             return what if what.startswith(end) else f"{end}: {what}"
         if outcome.where == "to send":
             return f"{end}: {amount(image for each in outcome.series for image in each.missing)}"
-        return end + f", {plural(outcome.files, 'file')}" * (there or outcome.where == "there") + (
+        total = sum(len(each.images) for each in outcome.series)
+        count = plural(outcome.files, "file") if outcome.files >= total else (
+            f"only {outcome.files:,} of {plural(total, 'file')}")
+        return end + f", {count}" * (there or outcome.where == "there") + (
             " verified" if there and not outcome.earlier else "")
 
     def _one_series(self, outcome: Outcome, series: Series) -> None:

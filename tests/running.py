@@ -145,16 +145,16 @@ class RunningTest(UploadTest):
         (place / tool).chmod(0o755)
         return {"PATH": f"{place}:{os.environ['PATH']}"}
 
-    def on_open(self, end: str, do: str) -> Dict[str, str]:
+    def on_open(self, end: str, do: str, event: str = "open") -> Dict[str, str]:
         """An environment in which Python does something, with `path`, before it opens a file
-        below ROOTDIR whose path ends so."""
+        below ROOTDIR (or scans a folder there) whose path ends so."""
         place = self.folder / "site"
         place.mkdir(exist_ok=True)
         lines = "\n        ".join(do.splitlines())
         (place / "sitecustomize.py").write_text(f"""import os, sys, time
 
 def watch(event, given):
-    if event != "open" or not isinstance(given[0], (str, bytes)):
+    if event != {event!r} or not isinstance(given[0], (str, bytes)):
         return
     path = os.fsdecode(given[0])
     if path.startswith({str(self.root)!r}) and path.endswith({end!r}):

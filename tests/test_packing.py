@@ -72,6 +72,7 @@ class Programs(RunningTest):
             server.knobs.reject = lambda _: not go_on.wait(60)
             process = self.start(self.arguments(server.url, "--procs", "1"))
             self.assertTrue(server.wait_for(server.imports, 30))
+            self.assertTrue(until(lambda: not self.processes("zip")))
             others = set(self.processes()) - set(self.processes("curl")) - {process.pid}
             self.assertTrue(others, "no guard")
             for number in others:

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from tests.dicom import uid, write_series
 from tests.running import COMMIT, HELD, IMPORT, RunningTest, until
-from tests.support import ROOT, Ran, variation
+from tests.support import ROOT, Ran, shown_on, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -349,6 +349,15 @@ class WhatIsNotThere(RunningTest):
                     self.assertIn(name, ran.text)
                 self.assertNotIn("All is there", ran.out)
 
+    def test_a_session_of_which_files_are_missing_does_not_look_whole(self) -> None:
+        self.tree("007/pre/A_0001", files=3)
+        drops = iter((False, True, False))
+        with self.xnat(reject=lambda _: next(drops)) as server:
+            ran = self.upload(server)
+            self.assertEqual(ran.status, 1, ran.text)
+            self.assertRegex(ran.out, "(?m)^007_pre +archived, only 2 of 3 files verified$")
+            self.assertRegex(ran.out, "XNAT counts 2 files where 3 should be")
+
     def test_the_report_says_of_each_series_what_became_of_its_session(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -428,6 +437,21 @@ class WhoListens(RunningTest):
         for number in range(30):
             self.assertRegex(text, f"(?m)^{number:03}_s +archived, 1 file verified\\b")
         self.assertRegex(text, r"(?m)^Report: \S+\.csv$")
+
+    def test_walking_and_reading_show_themselves(self) -> None:
+        self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001", files=4)
+        for event, words in (("os.scandir", "walking: 1 session so far"),
+                             ("open", "reading 007_pre")):
+            with self.subTest(event), self.xnat() as server:
+                master, slave = self.terminal(80)
+                process = self.start(
+                    self.arguments(server.url, "--again"), {
+                        "TERM": "xterm", **self.on_open("", "time.sleep(0.15)", event)},
+                    stdout=slave, stderr=slave)
+                os.close(slave)
+                shown = shown_on(master)
+                self.assertEqual(process.wait(30), 0, shown)
+                self.assertIn(words, shown)
 
     def test_closed_standard_streams_are_no_reason_to_stop(self) -> None:
         self.tree("007/pre/A_0001")
