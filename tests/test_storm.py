@@ -62,7 +62,8 @@ def cut(draw: random.Random) -> Dict[str, Any]:
 
 
 def late(draw: random.Random) -> Dict[str, Any]:
-    return {"after_bytes": draw.choice((0, draw.randrange(4000))), "seconds": draw.uniform(0.5, LATEST)}
+    return {"after_bytes": draw.choice((0, draw.randrange(4000))),
+            "seconds": draw.uniform(0.5, LATEST)}
 
 
 def shortly(draw: random.Random) -> Dict[str, Any]:
