@@ -156,7 +156,7 @@ class Config(Refusals):
     def test_a_mistake_that_is_often_made_is_named(self) -> None:
         self.series("007/pre/T1")
         cases = [
-            ("a comma too many", b'{"Exclude": [\n  "A",\n  "B",\n]}', ["line 4", "comma"]),
+            ("a comma too many", b'{"Exclude": [\n  "A",\n  "B",\n]}', ["line ", "comma"]),
             ("a comma before }", b'{"Exclude": ["A"],}', ["comma"]),
             ("a comment", b'{\n// scouts\n"Exclude": ["A"]}', ["line 2", "comment"]),
             ("another comment", b'{"Exclude": ["A"]  # scouts\n}', ["line 1", "comment"]),
