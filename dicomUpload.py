@@ -1264,7 +1264,7 @@ class Curl:
         done = self.programs.run(command, os.fsencode(given), folder, watch)
         answers = read_answers(done, mark, len(urls))
         for url, answer in zip(urls, answers):
-            self.cookie = answer.cookie or self.cookie
+            self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
             body = " ".join(answer.body.split())[:500]
             body = "" if "JSESSION" in url + body else body  # that is a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
