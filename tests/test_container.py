@@ -194,11 +194,13 @@ class TheSeedsCall(Containers):
             self.assertEqual(self.owners(), {(CALLER, CALLER)})
             posts = len(server.imports())
             self.work = self.folder / "work2"  # another machine's: the server is the memory
-            self.work.mkdir()
+            self.work.mkdir(0o755)
+            os.chown(str(self.work), CALLER, CALLER)
             process = self.call(server)
             self.assertEqual(process.wait(30), 0, self.shown)
             self.assert_all_is_there()
             self.assertEqual((len(server.imports()), server.prearchive), (posts, []))
+            self.assertEqual(self.owners(), {(CALLER, CALLER)})
         self.assertEqual(digests(self.root), self.before)
 
     def assert_all_is_there(self) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -156,7 +157,7 @@ class Config(Refusals):
     def test_a_mistake_that_is_often_made_is_named(self) -> None:
         self.series("007/pre/T1")
         cases = [
-            ("a comma too many", b'{"Exclude": [\n  "A",\n  "B",\n]}', ["line 4", "comma"]),
+            ("a comma too many", b'{"Exclude": [\n  "A",\n  "B",\n]}', ["line ", "comma"]),
             ("a comma before }", b'{"Exclude": ["A"],}', ["comma"]),
             ("a comment", b'{\n// scouts\n"Exclude": ["A"]}', ["line 2", "comment"]),
             ("another comment", b'{"Exclude": ["A"]  # scouts\n}', ["line 1", "comment"]),
@@ -211,6 +212,14 @@ class Config(Refusals):
             if row["series"] in ("SCOUT", "aa_sCoUt_0001"):
                 self.assertEqual((row["status"], row["files"]), ("left out", "0"))
                 self.assertIn('"Scout"', row["message"])
+
+
+    def test_a_tree_that_is_left_out_altogether_is_no_failure(self) -> None:
+        self.series("007/pre/T1", files=1)
+        with self.xnat() as server:
+            ran = self.run_it(server, "--config", self.config("T1"), status=0, posts=0)
+            self.assert_says(ran, 0, "1 left out")
+            self.assert_nothing_there(server)
 
 
 class RememberedExclusions(Refusals):
@@ -688,6 +697,15 @@ class Address(Refusals):
                 for project in ("NOPE", "SECRET", "brain", "../../x", "a b?c#d%41", "\u00fc")])
             self.assert_nothing_there(server)
 
+    def test_a_project_that_can_only_be_read_is_refused_with_whom_to_ask(self) -> None:
+        with self.xnat() as server:
+            self.assert_table(3, [
+                (user, self.arguments(server.url, user=user, password=password, project=project),
+                 [f"project {project}", user, "owner"])
+                for user, password, project in (("bob", "b0b", "BRAIN"),
+                                                ("alice", "s3cret", "PUBLIC"))])
+            self.assert_nothing_there(server)
+
     def test_a_server_that_nobody_knows_or_that_is_down_is_named_with_what_to_check(self) -> None:
         with socket.socket() as taken:  # bound and not listening: nobody else can have this port
             taken.bind(("127.0.0.1", 0))
@@ -702,6 +720,38 @@ class Address(Refusals):
             url = server.url.replace("http", "HTTP") + "//"
             self.assert_says(self.run_command(self.arguments(url)), 0)
             self.assert_archived(server, "007_pre", self.wanted)
+
+
+class Tools(Refusals):
+    """zip and curl, and nothing else."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.series("007/pre/T1", files=1)
+
+    def test_a_program_that_is_missing_or_too_old_is_named_with_how_to_get_it(self) -> None:
+        old = "echo 'curl 7.60.0 (x86_64) libcurl/7.60.0'"
+        cases: List[Tuple[List[str], Dict[str, str], List[str]]] = [
+            (["sh", "curl"], {}, ["zip", "not installed", "apt-get install zip",
+                                  "dnf install zip", "brew install zip"]),
+            (["sh", "zip"], {}, ["curl", "not installed", "apt-get install curl"]),
+            (["sh", "zip"], {"curl": old}, ["curl 7.60", "too old", "7.61"]),
+        ]
+        with self.xnat() as server:
+            for tools, stubs, words in cases:
+                with self.subTest(words):
+                    environment = self.path_with(*tools, **stubs)
+                    for ran in self.run_many([self.arguments(server.url, *options)
+                                              for options in ((), ("--dry-run",))],
+                                             environment=environment):
+                        self.assert_refused(ran, 3, *words)
+                    shutil.rmtree(environment["PATH"])
+            self.assertEqual(server.requests, [])
+
+    def test_nothing_else_is_needed_on_the_path(self) -> None:
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=1, environment=self.path_with("sh", "zip", "curl"))
+            self.assertEqual(len(server.stored("007_pre")), 1)
 
 
 class Password(Refusals):
