@@ -1087,30 +1087,23 @@ class Level:
         self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
         self._sums: Dict[str, List[float]] = {}  # seconds or bytes, of so many bytes
-        self._ahead = 0.0  # bytes of zips in the making, and of those that are not answered yet
+        self._ahead = 0  # bytes of zips that are not answered yet
         self._going: Counter[str] = Counter()  # zips and POSTs at work
         self._clock = clock
         self._lock = threading.Lock()
 
-    @contextmanager
-    def part(self, count: int) -> Iterator[int]:
-        """The level for a part of so many bytes. The next ones wait for it until it is sent."""
+    def choose(self, count: int) -> int:
+        """The level for a part of so many bytes."""
         with self._lock:
             level = self._sooner(count) if self.fixed == AUTO else self.fixed
             self.used[level] += 1
-            made = count * self._mean(f"zipped {level}", 0.5 if level else 1.0)
-            self._ahead += made
-        try:
-            yield level
-        finally:
-            with self._lock:
-                self._ahead -= made
+            return level
 
     def _sooner(self, count: int) -> int:
         posting = self._mean("posting", 0.0)
         if not posting:  # the first one leaves at once; for the others smaller is the safer guess
             return min(1, self.used[0])
-        wait = 0.75 * self._ahead * posting  # some of it has gone out
+        wait = self._ahead * posting
         shared = count * (1 + self._going["packing"])
         quick = self._mean("packing 0", self._mean("packing 1", 0.0) / 10)
         slow = shared * self._mean("packing 1", quick * 10)
@@ -1123,10 +1116,21 @@ class Level:
         value, count = self._sums.get(what, (unknown, 1.0))
         return value / count
 
-    def learn(self, what: str, value: float, count: int) -> None:
-        """So many seconds, or bytes of a zip, for so many bytes."""
+    def _learn(self, what: str, value: float, count: int) -> None:
         self._sums[what] = [(1.0 - self.NEWEST) * old + new for old, new in zip(
             self._sums.get(what, (0.0, 0.0)), (value, max(1, count)))]
+
+    @contextmanager
+    def waits(self, level: int, count: int, made: int) -> Iterator[None]:
+        """A zip that was made of `count` bytes is here until it is sent."""
+        with self._lock:
+            self._ahead += made
+            self._learn(f"zipped {level}", made, count)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ahead -= made
 
     @contextmanager
     def timed(self, kind: str, level: str, count: int) -> Iterator[None]:
@@ -1138,7 +1142,7 @@ class Level:
             yield
             with self._lock:
                 seconds = (self._clock() - began) / ((going + self._going[kind]) / 2)
-                self.learn(f"{kind} {level}".strip(), seconds, count)
+                self._learn(f"{kind} {level}".strip(), seconds, count)
         finally:
             with self._lock:
                 self._going[kind] -= 1
@@ -1260,7 +1264,7 @@ class Curl:
         done = self.programs.run(command, os.fsencode(given), folder, watch)
         answers = read_answers(done, mark, len(urls))
         for url, answer in zip(urls, answers):
-            self.cookie = answer.cookie or self.cookie
+            self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
             body = " ".join(answer.body.split())[:500]
             body = "" if "JSESSION" in url + body else body  # that is a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
@@ -1673,7 +1677,7 @@ class Xnat(Curl):
             if not lost or tries > self.settings.retries:
                 break
             self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
-        if meaning.heals:  # XNAT keeps the reason
+        if meaning.heals and status in ("CONFLICT", "ERROR"):  # XNAT keeps the reason
             answer = self.ask("GET", address + "/logs/last")
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
                       meaning_of(answer).to_do, refused=True)
@@ -2188,6 +2192,8 @@ class Sender:
                         addresses += [] if problems else [self._post(outcome, part, zipped)]
                     except Trouble as trouble:
                         problems.append(trouble)
+                    except OSError as error:
+                        problems.append(unreadable(str(error.filename or "the workdir"), error))
         finally:
             outcome.answered.set()
             if packed:  # after a stop nobody takes it: others wait for its room
@@ -2204,14 +2210,14 @@ class Sender:
             stack.enter_context(self.zips)
             zipped = stack.enter_context(self.workdir.room_for(part.files))
             part.series.began = part.series.began or time.monotonic()
-            level = stack.enter_context(self.level.part(part.bytes))
+            level = self.level.choose(part.bytes)
             try:
                 with self.level.timed("packing", str(level), part.bytes):
                     pack(folder, part.files, zipped, level, self.xnat.programs)
                 made = os.path.getsize(zipped)
             except OSError as error:
                 raise unreadable(str(error.filename or "the workdir"), error)
-            self.level.learn(f"zipped {level}", made, part.bytes)
+            stack.enter_context(self.level.waits(level, part.bytes, made))
             self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
                                  f"{level}, {size(part.bytes)} to {size(made)}")
             return zipped, stack.pop_all()

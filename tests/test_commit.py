@@ -50,8 +50,10 @@ COMMITS = [
 ]
 
 REFUSED = [
-    Row("503 for good", ever(proxy(503, COMMIT)), 2, 2, BOTH, 1, "HTTP 503"),
-    Row("busy for good", ever(page(500, HEALING[1], COMMIT)), 2, 2, BOTH, 1, HEALING[1]),
+    Row("503 for good", ever(proxy(503, COMMIT)), 2, 2, BOTH, 1,
+        "did not archive it .HTTP 503"),
+    Row("busy for good", ever(page(500, HEALING[1], COMMIT)), 2, 2, BOTH, 1,
+        f"did not archive it .HTTP 500, {HEALING[1]}"),
     Row("forbidden", page(403, "Forbidden", COMMIT), 2, 1, BOTH, 1, "HTTP 403"),
     Row("it fails", page(500, "boom", COMMIT), 2, 1, BOTH, 1, "HTTP 500, boom"),
     Row("an empty answer", on(COMMIT, "empty"), 2, 1, BOTH, 1, "HTTP 200"),
@@ -69,6 +71,11 @@ def others_label(test: FaultTest, server: Standin) -> None:
 def other_study(test: FaultTest, server: Standin) -> None:
     """The label holds another study."""
     server.store.archive["BRAIN", "007_pre"] = Session("BRAIN", "007_pre", "007", "1.2.3", 1)
+
+
+def others_label_meanwhile(test: FaultTest, server: Standin) -> None:
+    """The label becomes another subject's while we send."""
+    server.knobs.reject = once(lambda: others_label(test, server), "B_0002")
 
 
 def other_study_meanwhile(test: FaultTest, server: Standin) -> None:
@@ -153,10 +160,12 @@ ROWS = [
         before=others_label, mend=empty_archive),
     Row("a label of another study that no list tells", None, 0, 0, NEITHER, 1,
         "another study.*1.2.3 | rename", before=other_study, mend=empty_archive, knobs=NO_LISTS),
-    Row("a label of another subject that no list tells", None, 2, 1, BOTH, 1,
-        "another Subject | rename", before=others_label, mend=empty_archive, knobs=NO_LISTS),
+    Row("a label of another subject that no list tells", None, 0, 0, NEITHER, 1,
+        "under subject someone | rename", before=others_label, mend=empty_archive, knobs=NO_LISTS),
+    Row("another subject that comes while we send", None, 2, 1, BOTH, 1,
+        "another Subject | rename", before=others_label_meanwhile, mend=empty_archive),
     Row("a conflict whose answer was lost", on(COMMIT, "reset after"), 2, 2, BOTH, 1,
-        "another Subject | rename", before=others_label, mend=empty_archive, knobs=NO_LISTS),
+        "another Subject | rename", before=others_label_meanwhile, mend=empty_archive),
     Row("another study that comes while we send", None, 2, 1, BOTH, 1, "session UID | rename",
         before=other_study_meanwhile, mend=empty_archive),
     Row("another study that comes while we send, 1.7.5", None, 2, 1, BOTH, 1,
@@ -202,7 +211,7 @@ add_rows(Answers, ROWS)
 
 DROPPED = "DROPPED"  # the description of what the server's filter throws away
 FILTER = {"reject": (DROPPED,)}
-SHORT = r"B_0002.*\b2 files where 4\b | Not there"
+SHORT = r"B_0002.*\b2 files where 4\b | Failed .1"
 
 
 class Counts(FaultTest):
@@ -232,7 +241,7 @@ class Counts(FaultTest):
         with self.xnat(**FILTER) as server:
             self.run_it(server, status=1, posts=2, commits=1, words=SHORT)
             for _ in range(2):  # what is missing goes again, and is dropped again
-                self.run_it(server, status=1, posts=1, words="B_0002 | Not there")
+                self.run_it(server, status=1, posts=1, words="B_0002 | Failed .1")
             server.knobs.reject = ()
             self.run_it(server, status=0, posts=1, commits=1, words="archived, 6 files verified")
             self.assert_whole(server)
@@ -251,7 +260,7 @@ class Counts(FaultTest):
         with self.xnat(**FILTER) as server:
             self.run_it(server, status=1, posts=2, commits=1, words=SHORT)
             self.forget_last_line("ended")
-            self.run_it(server, status=1, words="B_0002 | Not there")
+            self.run_it(server, status=1, words="B_0002 | Failed .1")
 
     def test_a_series_that_is_short_is_told_in_a_session_under_review(self) -> None:
         self.tree(A)
@@ -259,7 +268,7 @@ class Counts(FaultTest):
             self.run_it(server, status=0, posts=1, words="2 files verified", project="MANUAL")
             self.filtered(B, 4, dropped=2)
             self.run_it(server, status=1, posts=1, commits=1, words=SHORT, project="MANUAL")
-            self.run_it(server, status=1, words="B_0002 | Not there", project="MANUAL")
+            self.run_it(server, status=1, words="B_0002 | Failed .1", project="MANUAL")
             server.knobs.reject = ()
             self.run_it(server, "--again", status=0, posts=2, project="MANUAL")
             self.assert_whole(server, archived=False)
@@ -279,7 +288,7 @@ class Counts(FaultTest):
         with self.xnat(**FILTER) as server:
             self.run_it(server, status=1, posts=1, commits=1, words=r"\b2 files where 3\b")
             self.tree(B)
-            self.run_it(server, "--procs", "1", status=1, posts=2, words="A_0001 | Not there")
+            self.run_it(server, "--procs", "1", status=1, posts=2, words="A_0001 | Failed .1")
             server.knobs.reject = ()
             self.run_it(server, status=0, commits=1)
             self.assert_whole(server)
@@ -373,7 +382,7 @@ class SessionsThatGoOn(FaultTest):
             self.run_it(server, status=0, posts=2, commits=1)
             for rows, posts in ((24, 1), (16, 1)):
                 self.tree(A, rows=rows)
-                self.run_it(server, status=1, posts=0, words="A_0001.*changed.*--overwrite-files")
+                self.run_it(server, status=1, posts=0, words="A_0001.*changed | --overwrite-files")
                 self.run_it(server, "--overwrite-files", status=0, posts=posts, commits=1)
                 self.assert_whole(server)
                 self.stays_so(server)
@@ -464,7 +473,7 @@ class SessionsThatGoOn(FaultTest):
         with self.xnat() as server:
             server.store.remove(self.left_for_review(server))
             self.run_it(server, status=1, posts=0, commits=0, project="MANUAL",
-                        words="Not there | 007_pre.*review | --again")
+                        words="Failed .1 | 007_pre.*review | --again")
             self.run_it(server, "--again", status=0, posts=2, commits=1, words="for review",
                         project="MANUAL")
             self.assert_whole(server, archived=False)
@@ -477,7 +486,7 @@ class SessionsThatGoOn(FaultTest):
             server.store.archive.clear()
             for _ in range(2):
                 self.run_it(server, status=1, posts=0, commits=0,
-                            words="Not there | 007_pre.*not there any more | --again --only 007/pre")
+                            words="Failed .1 | 007_pre.*not there any more | --again.*--only 007/pre")
             self.run_it(server, "--again", "--only", "007/pre", status=0, posts=2, commits=1)
             self.assert_whole(server)
 

@@ -76,13 +76,13 @@ class Run:
 
     def _part(self, part: int) -> Iterator[None]:
         machine, count = self.machine, self.machine.part * MB
-        with self.level.part(count) as level:
-            self.levels.append(level)
-            self._at[part], self._left[part] = "packing", machine.part
-            with self.level.timed("packing", str(level), count):
-                yield
-            made = round(count * of(machine.shrinks, part)) if level else count
-            self.level.learn(f"zipped {level}", made, count)
+        level = self.level.choose(count)
+        self.levels.append(level)
+        self._at[part], self._left[part] = "packing", machine.part
+        with self.level.timed("packing", str(level), count):
+            yield
+        made = round(count * of(machine.shrinks, part)) if level else count
+        with self.level.waits(level, count, made):
             yield
             with self.level.timed("posting", "", made):
                 self._at[part], self._left[part] = "on the line", made / MB
@@ -149,18 +149,16 @@ class LevelTest(unittest.TestCase):
         for level in (0, 1, 6, 9):
             chooser = Level(level)
             for _ in range(3):
-                with chooser.part(MB) as taken:
-                    self.assertEqual(taken, level)
+                self.assertEqual(chooser.choose(MB), level)
             self.assertEqual(chooser.used, {level: 3})
 
     def test_what_failed_is_no_measurement_and_is_ahead_of_nobody(self) -> None:
-        moments = iter([0.0, 1.0, 1.0, 1.0, 2.0])
-        level = Level(AUTO, lambda: next(moments))
-        with self.assertRaises(OSError), level.part(MB), level.timed("posting", "", MB):
+        level = Level(AUTO)
+        level.choose(MB)
+        with self.assertRaises(OSError), level.waits(0, MB, MB), level.timed("posting", "", MB):
             raise OSError("refused")
-        with level.part(MB) as taken:  # nothing is known yet, but that one part went first
-            self.assertEqual(taken, 1)
-        self.assertEqual((level._ahead, level._sums), (0.0, {}))
+        self.assertEqual(level.choose(MB), 1)  # nothing is known yet, but that one part went first
+        self.assertEqual((level._ahead, sum(level._going.values())), (0, 0))
 
 
 if __name__ == "__main__":

@@ -477,27 +477,5 @@ class TheZip(unittest.TestCase):
         self.assertGreater(dicomUpload.zip_room(files), 500 * (10 + 2 * 255 + 46 + 30 + 60) + 22)
 
 
-class TheLevel(unittest.TestCase):
-
-    def chosen(self, packing: Tuple[float, float], line: float, shrinks_to: float = 0.5) -> int:
-        """The level after both were tried: seconds a byte at levels 0 and 1, and on the line."""
-        level = dicomUpload.Level(dicomUpload.AUTO)
-        for _ in range(6):
-            now = level.choose()
-            made = 1000 if now == 0 else int(1000 * shrinks_to)
-            level.packed(now, 1000, made, 1000 * packing[now])
-            level.posted(made, made * line)
-        return level.level
-
-    def test_auto_takes_what_gets_the_data_there_sooner(self) -> None:
-        self.assertEqual(self.chosen((1e-9, 3e-8), line=1e-6), 1, "a slow line")
-        self.assertEqual(self.chosen((1e-9, 3e-8), line=1e-9), 0, "a fast line")
-        self.assertEqual(self.chosen((1e-9, 3e-8), line=1e-7, shrinks_to=1.0), 0, "nothing shrinks")
-
-    def test_a_level_that_is_given_stays(self) -> None:
-        level = dicomUpload.Level(9)
-        self.assertEqual([level.choose() for _ in range(3)], [9, 9, 9])
-
-
 if __name__ == "__main__":
     unittest.main()

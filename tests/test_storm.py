@@ -62,7 +62,8 @@ def cut(draw: random.Random) -> Dict[str, Any]:
 
 
 def late(draw: random.Random) -> Dict[str, Any]:
-    return {"after_bytes": draw.choice((0, draw.randrange(4000))), "seconds": draw.uniform(0.5, LATEST)}
+    return {"after_bytes": draw.choice((0, draw.randrange(4000))),
+            "seconds": draw.uniform(0.5, LATEST)}
 
 
 def shortly(draw: random.Random) -> Dict[str, Any]:
@@ -118,8 +119,9 @@ class Schedule:
             "statistics": draw.choice(("stored", "stored", "on request", "never")),
             "site_script": draw.choice(((), (), (), ("sizes",), ("uids",))),
             "queue_seconds": draw.choice((0, 0, 0.2))}
-        if self.knobs["version"] in ("1.7.6", "1.8.6"):  # they take a file that is sent again, and
-            self.knobs["site_script"] = ()  # whose UID a script has changed, for another one
+        if self.knobs["version"] in ("1.7.6", "1.8.6"):
+            # They take a file that is sent again, and whose UID a script has changed, for another.
+            self.knobs["site_script"] = ()
         # Only the ledger knows what a script has changed: it must not be lost then.
         self.known = "uids" not in self.knobs["site_script"]
         self.faults = [self._fault(draw) for _ in range(FAULTS)]
