@@ -224,6 +224,18 @@ class Config(Refusals):
             self.assert_nothing_there(server)
 
 
+    def test_a_tree_without_any_dicom_is_no_tree_of_images(self) -> None:
+        self.put("007/pre/T1/notes.txt", b"nothing here but words and words")
+        (self.root / "007/post/T1").mkdir(parents=True)
+        with self.xnat() as server:
+            for options in ((), ("--dry-run",)):
+                ran = self.upload(server, *options)
+                self.assert_says(ran, 2, f"ROOTDIR {self.root}: none of its files is DICOM",
+                                 "the folder that holds the subjects")
+                self.assertNotIn("All is there", ran.text)
+            self.assert_nothing_there(server)
+
+
 class RememberedExclusions(Refusals):
     """A run that would send what earlier runs left out stops: was --config forgotten?"""
 
