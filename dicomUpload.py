@@ -3291,7 +3291,9 @@ def read_config(path: str) -> Tuple[str, ...]:
         near = text[:at].rstrip()[-1:] + text[at:].lstrip()  # where it stopped, as people see it
         usual = ("a comma before ] or } is one too many, " if re.match(r"[^,]?,\s*[]}]", near) else
                  "comments are not allowed, " if re.match(".?(#|//|/[*])", near, re.DOTALL) else "")
-        refuse(f"--config {path}", f"is not JSON in UTF-8 ({usual}{error}): mend it there")
+        line = text[text.rfind("\n", 0, at) + 1:].partition("\n")[0].strip()
+        there = f", in {line[:60]}" if line else ""
+        refuse(f"--config {path}", f"is not JSON in UTF-8 ({usual}{error}{there}): mend it there")
     names = config.pop("Exclude", []) if isinstance(config, dict) else []
     wrong = [names] if not isinstance(names, list) else [
         each for each in names if not isinstance(each, str) or not each]

@@ -125,7 +125,8 @@ class Config(Refusals):
     def test_a_config_that_is_no_config_is_refused_by_name(self) -> None:
         self.series("007/pre/T1")
         cases: List[Tuple[str, Any, List[str]]] = [
-            ("not JSON", b'{"Exclude": [\n"A" "B"]}', ["JSON", "line 2", "column 5"]),
+            ("not JSON", b'{"Exclude": [\n  "A" "B"]}\n', ["JSON", "line 2", "column 7",
+                                                         'in "A" "B"]})']),
             ("empty", b"", ["JSON", "line 1", "column 1"]),
             ("not UTF-8", '{"Exclude": ["Sch\xe4del"]}'.encode("latin-1"), ["UTF-8"]),
             ("UTF-16", '{"Exclude": ["A"]}'.encode("utf-16"), ["UTF-8"]),
@@ -159,7 +160,8 @@ class Config(Refusals):
         cases = [
             ("a comma too many", b'{"Exclude": [\n  "A",\n  "B",\n]}', ["line ", "comma"]),
             ("a comma before }", b'{"Exclude": ["A"],}', ["comma"]),
-            ("a comment", b'{\n// scouts\n"Exclude": ["A"]}', ["line 2", "comment"]),
+            ("a comment", b'{\n// scouts\n"Exclude": ["A"]}',
+             ["line 2", "comment", "in // scouts)"]),
             ("another comment", b'{"Exclude": ["A"]  # scouts\n}', ["line 1", "comment"]),
         ]
         rows = []
@@ -219,6 +221,18 @@ class Config(Refusals):
         with self.xnat() as server:
             ran = self.run_it(server, "--config", self.config("T1"), status=0, posts=0)
             self.assert_says(ran, 0, "1 left out")
+            self.assert_nothing_there(server)
+
+
+    def test_a_tree_without_any_dicom_is_no_tree_of_images(self) -> None:
+        self.put("007/pre/T1/notes.txt", b"nothing here but words and words")
+        (self.root / "007/post/T1").mkdir(parents=True)
+        with self.xnat() as server:
+            for options in ((), ("--dry-run",)):
+                ran = self.upload(server, *options)
+                self.assert_says(ran, 2, f"ROOTDIR {self.root}: none of its files is DICOM",
+                                 "the folder that holds the subjects")
+                self.assertNotIn("All is there", ran.text)
             self.assert_nothing_there(server)
 
 
