@@ -1790,6 +1790,8 @@ class Contents:
             if not any(memory.has(each, each.images) or memory.sent(each) for each in series):
                 raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
                               f"(there {uid}, here {study})", "rename the session folder" + (
+                                  "; if it is this session, its UIDs changed by a script of the "
+                                  "site, delete it in the prearchive" if where == "prearchive" else
                                   "; if it is a script of the site that changes UIDs, "
                                   f"{anew(session, True)}" if memory.ended else ""))
 
