@@ -814,9 +814,10 @@ def read_data_set(data: bytes, at: int, size: int) -> Header:
             why = "ends within its pixels" if tag >= PIXELS else CUT
         elif not tag and not last:
             why = "holds zeros where its header should go on"
-        if why or tag <= last or (tag in UIDS and end > len(data)):
+        uid = tag <= SERIES and tag in UIDS
+        if why or tag <= last or uid and end > len(data):
             break
-        if tag in UIDS:
+        if uid:
             found[tag] = data[start:end].partition(b"\\")[0].strip(b"\0 ")
         if tag >= SERIES:  # from here on tags ascend, or are not understood; pixels are the last
             last = tag if tag < PIXELS or end == start else 1 << 32
@@ -836,23 +837,28 @@ def elements(data: bytes, at: int, size: int) -> Iterator[Tuple[int, int, int]]:
     order = ">" if first[:1] == b"\0" and first[1:2] > b"\0" else "<"  # a group below 0100
     inside = [(order, first[4:].isalpha() and first[4:].isupper())]  # and sequences that are open
     data += bytes(4) if whole else b""  # the last element may have 8 bytes
-    while at + 12 <= len(data):
-        order, explicit = inside[-1]
+    last, (order, explicit) = len(data) - 12, inside[0]
+    while at <= last:
         group, element, vr, length = UNPACK[order](data, at)
         tag, start = group << 16 | element, at + 8
-        if not explicit or group == 0xFFFE or not (vr.isalpha() and vr.isupper()):
+        if vr in SHORT and explicit and group != 0xFFFE:  # most are, and this must be quick
+            pass
+        elif not explicit or group == 0xFFFE or not (vr.isalpha() and vr.isupper()):
             (length,) = struct.unpack_from(order + "I", data, at + 4)  # some mix explicit and not
-        elif vr in LONG or (not length and vr not in SHORT):
+        elif vr in LONG or not length:
             start = at + 12
             (length,) = struct.unpack_from(order + "I", data, at + 8)
         at = start + (length if length != UNDEFINED else 0)
         if group != 0xFFFE and len(inside) == 1:
             outer = tag
             yield tag, start, at
-        if group != 0xFFFE and length == UNDEFINED:  # an UN is implicit inside, little-endian
+        if length == UNDEFINED and group != 0xFFFE:  # an UN is implicit inside, little-endian
             inside.append(("<", False) if vr == b"UN" else inside[-1])
         elif tag == SEQUENCE_END and len(inside) > 1:
             inside.pop()
+        else:
+            continue
+        order, explicit = inside[-1]
     if at > size or whole and (at < size or len(inside) > 1 and outer < SERIES):
         yield outer if len(inside) > 1 else 0, at, size + 1
 
