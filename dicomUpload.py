@@ -78,7 +78,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
-                    Sequence, Set, TextIO, Tuple)
+                    Sequence, Set, TextIO, Tuple, Union)
 from urllib.parse import quote, urlencode
 
 VERSION = "2.0"
@@ -299,6 +299,7 @@ UNFINISHED = re.compile(r"\.(part|filepart|partial|crdownload)$", re.IGNORECASE)
 # rsync's .NAME.XXXXXX, and names that other programs give to halves: only if the bytes agree.
 PERHAPS_UNFINISHED = re.compile(r"^\..+\.[A-Za-z0-9]{6}$|\.(tmp|temp|download|aria2)$")
 XNAT_UNPACKS = re.compile(r"\.(zip|tar|tgz|gz|zar|xar)$", re.IGNORECASE)
+READERS, SLOW = 32, 0.0003  # files at a time, where one takes longer than so many seconds
 SAMPLE = 6  # sessions, and series folders of each, that tell whether ROOTDIR is a level too high
 
 
@@ -509,10 +510,10 @@ def read_session(series: List[Series], tick: Callable[[], None]) -> None:
     `tick` is called for each file. Raises Trouble for two studies in one session.
     """
     blank: List[Tuple[Series, str, str]] = []
-    for each in series:
-        for file in each.files:
-            blank += look_at(each, file)
-            tick()
+    files = [(each, file) for each in series for file in each.files]
+    for one, file, found in read_files(files):
+        blank += look_at(one, file, found)
+        tick()
     shapes = {name_shape(image.name) for each in series for image in each.images}
     for each, name, why in blank:  # an image that broke, if it is named as the others are
         if name_shape(name) in shapes or re.search(r"\.(dcm|ima|dicom)$", name.lower()):
@@ -529,21 +530,39 @@ def read_session(series: List[Series], tick: Callable[[], None]) -> None:
                             if each.files else "is empty")
 
 
-def look_at(series: Series, file: File) -> List[Tuple[Series, str, str]]:
+def read_files(files: List[Tuple[Series, File]]) -> Iterator[Tuple[Series, File, Found]]:
+    """Read the headers one after another; several at a time where each is waited for, as on a
+    share. All others would only be slowed down: threads of Python share one core."""
+
+    def read(pair: Tuple[Series, File]) -> Tuple[Series, File, Found, float]:
+        began, path = time.monotonic(), os.path.join(pair[0].folder, pair[1].name)
+        found: Found
+        try:
+            found = read_header(path, pair[1].bytes)
+            found = Header("packed") if found.kind == "other" and is_packed(path) else found
+        except OSError as error:
+            found = error
+        return pair[0], pair[1], found, time.monotonic() - began
+
+    with ThreadPoolExecutor(READERS) as pool:
+        at, most, slow = 0, READERS, False
+        while at < len(files):
+            done = list((pool.map if slow else map)(read, files[at:at + most]))
+            yield from (each[:3] for each in done)
+            slow = sorted(seconds for *_, seconds in done)[len(done) // 2] > SLOW
+            at, most = at + most, 16 * READERS
+
+
+def look_at(series: Series, file: File, header: Found) -> List[Tuple[Series, str, str]]:
     """Put one file where it belongs in its series; what is blank is returned, with the reason."""
-    name, base = file.name, os.path.basename(file.name)
-    path = os.path.join(series.folder, name)
-    try:
-        header = read_header(path, file.bytes)
-        packed = header.kind == "other" and is_packed(path)
-    except OSError as error:
-        series.problems.append(unreadable(name, error))
-        return []
-    unsendable = why_unsendable(name)
-    if UNFINISHED.search(base) or PERHAPS_UNFINISHED.search(base) and header.kind != "other":
+    name, base, unsendable = file.name, os.path.basename(file.name), why_unsendable(file.name)
+    if isinstance(header, OSError):
+        series.problems.append(unreadable(name, header))
+    elif UNFINISHED.search(base) or PERHAPS_UNFINISHED.search(base) and (
+            header.kind not in ("other", "packed")):
         series.problems.append(Trouble(f"{name} is unfinished, by its name",
                                        "wait until it is whole, or remove it, then run again"))
-    elif packed:
+    elif header.kind == "packed":
         series.packed.append(name)
     elif header.kind == "damaged":
         series.damaged.append(f"{name} {header.why}")
@@ -712,12 +731,14 @@ def look_at_strays(tree: Tree) -> Iterator[Tuple[str, Trouble]]:
 
 class Header(NamedTuple):
     """What the first bytes of a file say of it."""
-    kind: str          # "DICOM", "damaged", "blank", "other"; "more" if more bytes have to tell
+    kind: str          # "DICOM", "damaged", "blank", "packed", "other", or "more" has to be read
     sop: str = ""      # SOP Instance UID
     study: str = ""    # Study Instance UID
     series: str = ""   # Series Instance UID
     why: str = ""      # what is damaged or blank: it follows the name of the file in a sentence
 
+
+Found = Union[Header, OSError]
 
 SOP_CLASS, SOP, STUDY, SERIES = UIDS = (0x00080016, 0x00080018, 0x0020000D, 0x0020000E)
 PIXELS = 0x7FE00008  # as floats; 0009 are doubles, 0010 integers
@@ -2270,6 +2291,7 @@ class Upload:
         self._lock = threading.Lock()
         # While as many sessions as may be posted are on the line, as many are read and packed.
         self.at_a_time = 1 if self.settings.procs == 1 else 2 * self.settings.procs
+        self.reading = threading.Lock()  # one at a time: the first is sent while others are read
 
     def go(self) -> None:
         """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
@@ -2340,7 +2362,7 @@ class Upload:
             self._check_deleted(session, memory)
             if self._is_known(outcome, memory):
                 return
-        with self.teller.at_work(f"reading {session.label}"):
+        with self.reading, self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
         self._tell_gone(outcome, known)
