@@ -639,6 +639,21 @@ def crc_of(series: Series, file: File) -> int:
     return file.crc
 
 
+def has_changed(session: Session, series: List[Series], settings: Settings) -> bool:
+    """Whether a session's folder is another than when it was read. Raises Trouble."""
+    again = list_session(session, settings)
+    if [each.name for each in again] != [each.name for each in series]:
+        return True
+    for now, then in zip(again, series):
+        if now.problems or [(file.name, file.bytes) for file in now.files] != [
+                (file.name, file.bytes) for file in then.files]:
+            return True
+        for new, old in zip(now.files, then.files):  # times alone are no change
+            if new.time_ns != old.time_ns and old.sop and crc_of(now, new) != old.crc:
+                return True
+    return False
+
+
 def check_studies(series: List[Series]) -> None:
     """Raises Trouble if a session holds two studies: XNAT would make two sessions of it."""
     studies: Dict[str, str] = {}
@@ -1801,6 +1816,23 @@ class Contents:
                                   "; if it is a script of the site that changes UIDs, "
                                   f"{anew(session, True)}" if memory.ended else ""))
 
+    def waits(self, session: Session, address: str) -> bool:
+        """Whether a session is in the prearchive at this address."""
+        return address in self.waiting(session) or bool(self.xnat.status(address))
+
+    def check_deleted(self, session: Session, memory: Memory) -> None:
+        """Raises Trouble if somebody has deleted what an earlier run brought there: it does not
+        come back by itself."""
+        if (memory.parts or memory.ended not in ("archived", "prearchived")
+                or self.archived(session) is not None):
+            return
+        if memory.ended == "archived":
+            raise Trouble("an earlier run saw it archived, and it is not there any more",
+                          anew(session))
+        if not self.waits(session, memory.path):
+            raise Trouble("it was left for review, and is neither in the prearchive nor in the "
+                          "archive any more", anew(session))
+
     def look_again(self, session: Session, waiting: List[Row]) -> str:
         """Something of a session has left the prearchive: where the archive has it now, or ''."""
         self.prearchive[session.label] = waiting
@@ -1854,6 +1886,12 @@ class Memory:
     def address(self) -> str:
         return self.parts[-1]["address"] if self.parts else ""
 
+    def gone(self, series: List[Series]) -> List[str]:
+        """Series that had images, and have none any more."""
+        here = {each.name for each in series
+                if each.images or each.problems or each.status in ("left out", "copy")}
+        return [name for name, known in self.series.items() if known[2] and name not in here]
+
     def is_same(self, series: List[Series]) -> bool:
         """Whether the folder is what an earlier run verified, by names, sizes and times."""
         return self.whole and not self.parts and not any(each.problems for each in series) and {
@@ -1871,6 +1909,19 @@ class Memory:
         for image in images if by_crc else ():
             crc_of(series, image)
         return images_fingerprint(images, by_crc) == known
+
+    def renewed(self, series: List[Series]) -> Dict[str, Tuple[str, str, int, bool]]:
+        """What is to be remembered of the series from now on."""
+        known = {}
+        for each in series:
+            by_crc = all(image.crc >= 0 for image in each.images)
+            earlier = self.series.get(each.name, ("", "", 0, False))
+            if not by_crc and earlier[0] == each.listing:  # its CRC-32s are still true
+                known[each.name] = earlier
+            elif each.status != "left out":
+                known[each.name] = (each.listing, images_fingerprint(each.images, by_crc),
+                                    len(each.images), by_crc)
+        return known
 
     def sent(self, series: Series) -> List[File]:
         """Images of a series, as they are now, that were sent to `address`."""
@@ -2367,13 +2418,16 @@ class Upload:
         known = self.ledger.of(session)
         memory = Memory() if settings.again else known
         if not settings.dry_run:
-            self._check_deleted(session, memory)
+            self.contents.check_deleted(session, memory)
             if self._is_known(outcome, memory):
                 return
         with self.reading, self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
-        self._tell_gone(outcome, known)
+        gone = known.gone(series)
+        if gone:
+            self.teller.say(f"{session.label}: an earlier run sent images from {some(gone)}, where "
+                            "there are none any more: see whether that is meant")
         addresses: List[str] = []
         if images:
             self.contents.check_label(session, series, known)
@@ -2392,7 +2446,7 @@ class Upload:
         outcome.where = "held back" if addresses else "failed"
         if any(each.problems for each in series):
             return
-        if self._has_changed(outcome):
+        if has_changed(session, series, settings):
             raise Trouble("its folder changed while it was sent", "run again when it is still")
         outcome.where = "not archived"
         for address in addresses:
@@ -2405,37 +2459,11 @@ class Upload:
         self._verify(outcome, images, bool(addresses))
         self._note(outcome, known)
 
-    def _tell_gone(self, outcome: Outcome, memory: Memory) -> None:
-        here = {each.name for each in outcome.series
-                if each.images or each.problems or each.status in ("left out", "copy")}
-        gone = [name for name, known in memory.series.items() if known[2] and name not in here]
-        if gone:
-            self.teller.say(f"{outcome.session.label}: an earlier run sent images from "
-                            f"{some(gone)}, where there are none any more: see whether that "
-                            "is meant")
-
     def _has_read(self) -> None:
         """One file more has been read. Raises Stopping: thousands may be to come."""
         self.teller.has_read(1)
         if self.xnat.programs.stopping.is_set():
             raise Stopping("stopping")
-
-    def _check_deleted(self, session: Session, memory: Memory) -> None:
-        """Raises Trouble if somebody has deleted what an earlier run brought there: it does not
-        come back by itself."""
-        if (memory.parts or memory.ended not in ("archived", "prearchived")
-                or self.contents.archived(session) is not None):
-            return
-        if memory.ended == "archived":
-            raise Trouble("an earlier run saw it archived, and it is not there any more",
-                          anew(session))
-        if not self._waits(session, memory.path):
-            raise Trouble("it was left for review, and is neither in the prearchive nor in the "
-                          "archive any more", anew(session))
-
-    def _waits(self, session: Session, address: str) -> bool:
-        """Whether a session is in the prearchive at this address."""
-        return address in self.contents.waiting(session) or bool(self.xnat.status(address))
 
     def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
         """Whether an earlier run has verified this very folder, and it is where that run saw it.
@@ -2443,8 +2471,8 @@ class Upload:
         By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
         has told.
         """
-        if not memory.is_same(outcome.series) or (
-                memory.ended == "prearchived" and not self._waits(outcome.session, memory.path)):
+        waits = memory.ended != "prearchived" or self.contents.waits(outcome.session, memory.path)
+        if not (waits and memory.is_same(outcome.series)):
             return False  # or its reviewer has archived it: count it there
         for each in outcome.series:
             each.there = memory.series[each.name][2] if each.name in memory.series else 0
@@ -2464,20 +2492,6 @@ class Upload:
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room(part.files) for part in self.sender.cut(series)])
-
-    def _has_changed(self, outcome: Outcome) -> bool:
-        """Whether the session's folder is another than when it was read."""
-        again = list_session(outcome.session, self.settings)
-        if [each.name for each in again] != [each.name for each in outcome.series]:
-            return True
-        for now, then in zip(again, outcome.series):
-            if now.problems or [(file.name, file.bytes) for file in now.files] != [
-                    (file.name, file.bytes) for file in then.files]:
-                return True
-            for new, old in zip(now.files, then.files):  # times alone are no change
-                if new.time_ns != old.time_ns and old.sop and crc_of(now, new) != old.crc:
-                    return True
-        return False
 
     # Verify and note
 
@@ -2503,10 +2517,7 @@ class Upload:
         for uid, count in ours.items():
             if theirs[uid] < count:
                 outcome.files -= count - theirs[uid]
-                trouble = Trouble(f"{outcome.where}, but XNAT counts {theirs[uid]} files where "
-                                  f"{count} should be", "compare it in XNAT with the folder (an "
-                                  "import filter may drop some), or run again to send what is "
-                                  "missing")
+                trouble = too_few(outcome.where, theirs[uid], count)
                 for each in series:
                     if any(image.series == uid for image in each.images):
                         each.problems.append(trouble)
@@ -2518,22 +2529,21 @@ class Upload:
 
     def _note(self, outcome: Outcome, memory: Memory) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
-        known = {}
-        for each in outcome.series:
-            by_crc = all(image.crc >= 0 for image in each.images)
-            earlier = memory.series.get(each.name, ("", "", 0, False))
-            if not by_crc and earlier[0] == each.listing:  # its CRC-32s are still true
-                known[each.name] = earlier
-            elif each.status != "left out":
-                known[each.name] = (each.listing, images_fingerprint(each.images, by_crc),
-                                    len(each.images), by_crc)
+        series = memory.renewed(outcome.series)
         self.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
-                        files=outcome.files, whole=not outcome.failed(), series=known)
+                        files=outcome.files, whole=not outcome.failed(), series=series)
 
-    def rest(self) -> List[Outcome]:
-        """What a stop left undone: the sessions on their way, and those that it did not reach."""
-        return list(self.active.values()) + [Outcome(session, [
-            Series(name, "") for name in session.series]) for session in self.waiting]
+
+def too_few(where: str, theirs: int, ours: int) -> Trouble:
+    return Trouble(f"{where}, but XNAT counts {theirs} files where {ours} should be", "compare it "
+                   "in XNAT with the folder (an import filter may drop some), or run again to send "
+                   "what is missing")
+
+
+def rest_of(upload: Upload) -> List[Outcome]:
+    """What a stop left undone: the sessions on their way, and those that it did not reach."""
+    return list(upload.active.values()) + [Outcome(session, [
+        Series(name, "") for name in session.series]) for session in upload.waiting]
 
 
 def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
@@ -2918,7 +2928,7 @@ class Teller(Lines):
 
     def summary(self, upload: Upload, again: bool) -> None:
         """The end: each failure again, how much is there, what a stop left, and what to do."""
-        dry, rest, line = upload.settings.dry_run, upload.rest(), self.line
+        dry, rest, line = upload.settings.dry_run, rest_of(upload), self.line
         for outcome in rest:
             for each in outcome.series:
                 each.status = each.status or "not sent"
