@@ -2333,7 +2333,7 @@ class Sender:
 class Upload:
     """All sessions on their way from folder to archive, several at a time."""
 
-    ALIKE = 20  # sessions in a row that the server refuses with the same words: no other would pass
+    ALIKE = 20  # sessions in a row that the server refuses with the same words: none would pass
 
     def __init__(self, tree: Tree, contents: Contents, sender: Sender) -> None:
         self.contents = contents
@@ -2426,8 +2426,8 @@ class Upload:
         images = [image for each in series for image in each.images]
         gone = known.gone(series)
         if gone:
-            self.teller.say(f"{session.label}: an earlier run sent images from {some(gone)}, where "
-                            "there are none any more: see whether that is meant")
+            self.teller.say(f"{session.label}: earlier runs sent images from {some(gone)}, now "
+                            "there are none: see whether that is meant")
         addresses: List[str] = []
         if images:
             self.contents.check_label(session, series, known)
@@ -2524,8 +2524,7 @@ class Upload:
                 outcome.trouble = outcome.trouble if uid else trouble
             elif theirs[uid] > count:
                 self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
-                                f"folder has {count}: they were there before, or came from "
-                                "elsewhere")
+                                f"folder has {count}: the others come from elsewhere")
 
     def _note(self, outcome: Outcome, memory: Memory) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
@@ -2955,7 +2954,7 @@ class Teller(Lines):
             line(f"Nothing was sent. To send: {upload.settings.command}")
         elif not (self.failures or rest or self.saw_only_junk()):
             line("All is there.", at=0)
-        elif again:
+        elif again and not self.saw_only_junk():
             fix = any(not each.to_do.startswith("run again") for each in self.failures)
             line(("Fix what failed, then run" if fix else "Run") +
                  f" the same command again to finish: {upload.settings.command}")
