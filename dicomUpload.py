@@ -2341,7 +2341,6 @@ class Upload:
         self.xnat = contents.xnat
         self.settings = self.xnat.settings
         self.teller = self.xnat.teller
-        self.ledger = sender.ledger
         self.waiting = iter(tree.sessions)
         self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
         self.whole: List[Session] = []  # archived, now or before
@@ -2415,7 +2414,7 @@ class Upload:
         """The whole way of one session, from its folder to the archive. Raises Trouble, Stop."""
         session, settings, xnat = outcome.session, self.settings, self.xnat
         outcome.series = series = list_session(session, settings)
-        known = self.ledger.of(session)
+        known = self.sender.ledger.of(session)
         memory = Memory() if settings.again else known
         if not settings.dry_run:
             self.contents.check_deleted(session, memory)
@@ -2529,7 +2528,7 @@ class Upload:
     def _note(self, outcome: Outcome, memory: Memory) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
         series = memory.renewed(outcome.series)
-        self.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
+        self.sender.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
                         files=outcome.files, whole=not outcome.failed(), series=series)
 
 
@@ -3429,7 +3428,8 @@ def warn(settings: Settings, teller: Teller, readable: bool, workdir: Optional[W
 
 def send_all(tree: Tree, upload: Upload) -> int:
     """Send what is not there yet, tell how it went; the exit status."""
-    settings, teller, xnat, ledger = upload.settings, upload.teller, upload.xnat, upload.ledger
+    settings, teller, xnat = upload.settings, upload.teller, upload.xnat
+    ledger = upload.sender.ledger
     check_exclusions(tree, ledger, settings)
     too_high = "" if settings.nested else looks_too_high(tree, settings)
     if too_high:

@@ -9,14 +9,13 @@ import os
 import shutil
 import threading
 import unittest
-from typing import Any, Callable, Dict
+from typing import Callable
 
-from tests.dicom import digests, uid, write_series
-from tests.faults import (AGAIN, BOTH, COMMIT, FIRST, HEALING, HELD, IMPORT, JSON_PAGE, NEITHER,
-                          THERE, FaultTest, Row, TableTest, add_rows, ever, import_by_hand, late, on, once, page,
+from tests.dicom import digests, uid
+from tests.faults import (AGAIN, BOTH, COMMIT, HEALING, HELD, JSON_PAGE, NEITHER, THERE, FaultTest,
+                          Row, TableTest, add_rows, ever, import_by_hand, late, on, once, page,
                           proxy, rows_of)
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
-from tests.support import slow
 from tests.xnat_standin import Fault, Session, Standin
 from tests.xnat_standin import Row as Waiting
 
@@ -486,7 +485,8 @@ class SessionsThatGoOn(FaultTest):
             server.store.archive.clear()
             for _ in range(2):
                 self.run_it(server, status=1, posts=0, commits=0,
-                            words="Failed .1 | 007_pre.*not there any more | --again.*--only 007/pre")
+                            words="Failed .1 | 007_pre.*not there any more | "
+                                  "--again.*--only 007/pre")
             self.run_it(server, "--again", "--only", "007/pre", status=0, posts=2, commits=1)
             self.assert_whole(server)
 

@@ -1,4 +1,4 @@
-"""The file that remembers: what it spares, what it survives, and that the truth does not need it."""
+"""The file that remembers: what it spares, what it survives, and that truth does not need it."""
 
 import re
 import sys

@@ -3,12 +3,14 @@
 And the farewell: whatever ends a run, its server session is given back.
 """
 
+import os
 import re
 import signal
 import unittest
 
 from tests.faults import (AGAIN, BOTH, BUILD, IMPORT, LOGIN, START, FaultTest, Row, TableTest,
                           add_rows, ever, on, page, proxy)
+from tests.support import need, shown_on, take_terminal
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin, User
 
@@ -101,7 +103,54 @@ class Meeting(TableTest):
 add_rows(Meeting, ROWS)
 
 
+class WhatComesBeforeIt(FaultTest):
+
+    def test_the_end_of_input_instead_of_a_password_is_told(self) -> None:
+        self.tree("007/pre/A_0001")
+        master, slave = self.terminal()
+        with self.xnat() as server:
+            process = self.start(self.arguments(server.url, password="-"), stdin=slave,
+                                 preexec_fn=take_terminal)
+            os.close(slave)
+            self.assertIn("alice", shown_on(master, b": "))
+            os.write(master, b"\x04")
+            out, err = process.communicate(timeout=30)
+            self.assertEqual(process.returncode, 2, out + err)
+            self.assertNotIn("Traceback", out + err)
+            self.assertRegex(err, "dicomUpload: PASS -: .*XNAT_PASS")
+            self.assertEqual(server.requests, [])
+
+    def test_a_program_that_cannot_be_executed_is_named(self) -> None:
+        self.tree("007/pre/A_0001")
+        for bad in "curl", "zip":
+            place = self.folder / f"no {bad}"
+            place.mkdir()
+            for tool in "curl", "zip", "sh":
+                (place / tool).symlink_to(need(self, tool))
+            (place / bad).unlink()
+            (place / bad).write_bytes(b"\0\1\2 no program\n")
+            (place / bad).chmod(0o755)
+            with self.subTest(bad), self.xnat() as server:
+                ran = self.upload(server, environment={"PATH": str(place)})
+                self.assertEqual(ran.status, 3, ran.text)
+                self.assertRegex(ran.err, rf"(?m)^dicomUpload: .*\b{bad}\b.*\(.+\): .+$")
+                self.assertEqual(server.requests, [])
+
+
 class TheFarewell(FaultTest):
+
+    def test_the_command_that_finishes_hides_the_login_and_does_not_begin_anew(self) -> None:
+        self.tree("007/pre/A_0001")
+        with self.xnat(users=[User("alice", "alice")]) as server:
+            server.fail("error page", IMPORT, status=400, text="no")
+            for options in ("--again", "--logname", "alice"), ("--again", "--dry-run"):
+                with self.subTest(options):
+                    ran = self.upload(server, *options, password="alice")
+                    self.assertEqual(ran.status, 1, ran.text)
+                    (command,) = [line for line in ran.out.splitlines() if "python3 " in line]
+                    self.assertIn(f" {server.url} alice - BRAIN ", command)
+                    self.assertEqual("--logname alice" in command, "--logname" in options)
+                    self.assertNotRegex(command, "--again|--dry-run")
 
     def test_a_session_is_given_back_after_a_run_that_sends_and_one_that_does_not(self) -> None:
         self.tree("007/pre/A_0001")

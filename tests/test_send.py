@@ -5,9 +5,11 @@ And what many sessions do to each other: side by side, one after another, all re
 
 import os
 import shutil
+import types
 import unittest
-from typing import Any, Callable
+from typing import Any, Callable, List
 
+import dicomUpload
 from tests.dicom import digests, uid, write_series
 from tests.faults import (AGAIN, BOTH, BUILD, FIRST, HEALING, HELD, IMPORT, NEITHER, SECOND,
                           FaultTest, Row, TableTest, add_rows, ever, late, on, once, overlap, page,
@@ -280,6 +282,31 @@ class ManySessions(FaultTest):
             first, second, third = server.imports()
             self.assertGreater(third.started - float(second.answered or 0),
                                second.started - float(first.answered or 0), "waits grow")
+
+
+class Waits(unittest.TestCase):
+
+    def test_they_grow_and_none_is_longer_than_minutes_however_many_retries(self) -> None:
+        waits: List[float] = []
+        settings: Any = types.SimpleNamespace(retries=9999)
+        programs: Any = types.SimpleNamespace(pause=waits.append)
+        teller: Any = types.SimpleNamespace(say=lambda text: None)
+        curl = dicomUpload.Curl(settings, programs, teller)
+        answer = dicomUpload.Answer(0, 503, "")
+        for tries in (1, 2, 3, 30, 9999):
+            curl.wait_to_heal("007_pre", answer, dicomUpload.meaning_of(answer), tries)
+        self.assertEqual(waits[:3], sorted(waits[:3]), "they grow")
+        self.assertLess(max(waits), 300)
+
+    def test_after_a_lost_answer_xnat_gets_the_time_to_finish(self) -> None:
+        waits: List[float] = []
+        settings: Any = types.SimpleNamespace(retries=1)
+        programs: Any = types.SimpleNamespace(pause=waits.append)
+        teller: Any = types.SimpleNamespace(say=lambda text: None)
+        for answer in dicomUpload.Answer(0, 504, ""), dicomUpload.Answer(28, 0, ""):
+            dicomUpload.Curl(settings, programs, teller).wait_to_heal(
+                "007_pre", answer, dicomUpload.meaning_of(answer), 1, files=500)
+        self.assertGreater(min(waits), 0.075 * 500)
 
 
 # ---- One session -----------------------------------------------------------------------------
