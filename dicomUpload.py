@@ -895,7 +895,8 @@ class Programs:
         self._running: Dict[int, subprocess.Popen[bytes]] = {}
         # zip takes options from two of these, and no program needs the password.
         hidden = ("ZIPOPT", "ZIP", "XNAT_PASS")
-        self._environment = {key: os.environ[key] for key in os.environ if key not in hidden}
+        self._environment = {os.fsencode(key): os.fsencode(os.environ[key])
+                             for key in os.environ if key not in hidden}
         self._guard = self._start(["sh", "-c", self.GUARD], "/")
 
     def _start(self, command: List[str], folder: str) -> subprocess.Popen[bytes]:
@@ -1501,8 +1502,9 @@ MEANINGS = (
 
 def meaning_of(answer: Answer) -> Meaning:
     """What an answer means, by the first row that fits it."""
+    evidence = answer.evidence
     return next(each for each in MEANINGS
-                if re.search(each.sign, answer.evidence, re.IGNORECASE | re.DOTALL))
+                if re.search(each.sign, evidence, re.IGNORECASE | re.DOTALL))
 
 
 def refusal(settings: Settings, answer: Answer) -> str:
@@ -3138,8 +3140,8 @@ def wrapped(text: str, columns: int) -> List[str]:
 
 def printable(text: str) -> str:
     """`text` with control characters, line breaks and bytes that are no text made visible."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode()
-                   for each in text)
+    return text if text.isprintable() else "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def now() -> str:
