@@ -1,5 +1,4 @@
-"""How a run begins and what it may find there: closed streams, no terminal, programs that are none,
-and what nobody else may see."""
+"""How a run begins and what it may find there: closed streams, and what nobody else may see."""
 
 import os
 import types
@@ -8,7 +7,7 @@ from typing import Any, Callable, Dict, List
 
 import dicomUpload
 from tests.faults import FaultTest
-from tests.support import Ran, need, shown_on, take_terminal
+from tests.support import Ran
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 
 
@@ -47,49 +46,6 @@ class HowItBegins(FaultTest):
             ran = self.closed(server.url, "<&-", password="-")
             self.assertEqual(ran.status, 2, ran.text)
             self.assertRegex(ran.err, "dicomUpload: PASS -: .*XNAT_PASS")
-
-    def test_the_end_of_input_instead_of_a_password_is_told(self) -> None:
-        self.tree()
-        master, slave = self.terminal()
-        with self.xnat() as server:
-            process = self.start(self.arguments(server.url, password="-"), stdin=slave,
-                                 preexec_fn=take_terminal)
-            os.close(slave)
-            self.assertIn("alice", shown_on(master, b": "))
-            os.write(master, b"\x04")
-            out, err = process.communicate(timeout=30)
-            self.assertEqual(process.returncode, 2, out + err)
-            self.assertNotIn("Traceback", out + err)
-            self.assertRegex(err, "dicomUpload: PASS -: .*XNAT_PASS")
-            self.assertEqual(server.requests, [])
-
-    def test_a_program_that_cannot_be_executed_is_named(self) -> None:
-        self.tree()
-        for bad in "curl", "zip":
-            place = self.folder / f"no {bad}"
-            place.mkdir()
-            for tool in "curl", "zip", "sh":
-                (place / tool).symlink_to(need(self, tool))
-            (place / bad).unlink()
-            (place / bad).write_bytes(b"\0\1\2 no program\n")
-            (place / bad).chmod(0o755)
-            with self.subTest(bad), self.xnat() as server:
-                ran = self.upload(server, environment={"PATH": str(place)})
-                self.assertEqual(ran.status, 3, ran.text)
-                self.assertRegex(ran.err, rf"dicomUpload: .*\b{bad}\b.*\(.+\): .+\n$")
-                self.assertEqual(server.requests, [])
-
-    def test_an_option_equal_to_login_or_password_is_not_taken_for_it_in_the_command_that_is_shown(
-            self) -> None:
-        self.tree()
-        for options in ("--logname", "alice"), ("--logname", "bob", "--only", "007"):
-            with self.subTest(options), self.xnat() as server:
-                python, script, url, user, _, *others = self.arguments(server.url)
-                server.accounts.users["alice"].password = "alice"
-                ran = self.run_command([python, script, *options, url, user, "alice", *others,
-                                        "--dry-run"])
-                self.assertEqual(ran.status, 0, ran.text)
-                self.assertIn(f"{' '.join(options)} {url} alice - BRAIN ", ran.out)
 
     def test_while_it_sends_nobody_else_can_read_anything(self) -> None:
         self.tree()
