@@ -171,7 +171,7 @@ class LineTest(RunningTest):
         self.series()
         with self.line(20) as line:
             line.put("down")
-            process = self.run_over(line, "--timeout", "1")
+            process = self.run_over(line, "--timeout", "1", "--retries", "0")
             self.assertTrue(until(lambda: process.poll() is not None, 12), "it still waits")
             self.assertEqual(self.ended(process).status, 3)
 

@@ -452,7 +452,7 @@ class TheFolderWhileItIsSent(FaultTest):
             for fault in faults:
                 server.faults.append(fault)
             ran = self.run_it(server, "--procs", "1", status=1, commits=0,
-                              words="Report: | then run the same command again")
+                              words="Report: | [Rr]un the same command again")
             self.assertEqual(HELD in ran.out, statuses == FIRST, ran.out)
             self.assertEqual(self.statuses(), statuses, ran.text)
             self.run_it(server, status=0)
