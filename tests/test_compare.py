@@ -745,7 +745,9 @@ class SomethingElseIsThere(CompareTest):
                         f"there {other}, here {mine}" if study else
                         f"subject 999, here it is subject {ours}"))
                 self.plant(ONE)
-                self.foretold(server, "007_pre +would be sent", status=1)
+                seen = self.foretold(server, "007_pre +would be sent", status=1)
+                for each in words:
+                    self.assertRegex(seen.ran.text, each)
                 seen = self.run_once(server, status=1)
                 self.assertEqual([label for label, _ in seen.sent], ["007_pre"])
                 self.assertEqual(seen.commits, ["007_pre"])
@@ -852,7 +854,7 @@ class Scripts(CompareTest):
             self.assertIn(archived, ([files],) if ran.status == 0 else ([files], []), ran.text)
         if changes == ["sizes"]:
             self.assertEqual(ran.status, 0, ran.text)
-        if changes == ["uids"] and left == "archived" and ran.status:
+        if changes == ["uids"] and left == "archived":
             self.assertIn(other_uid(uid("007", "pre")), ran.out)
         shutil.rmtree(self.root)
         self.elsewhere()
