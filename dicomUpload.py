@@ -1360,7 +1360,8 @@ class Curl:
         answer, meaning, _ = self.ask_until(path, lambda: self.ask("GET", path, query))
         found = answer.json()
         if found is None and answer.status != 404:
-            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
+            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do if
+                          answer.status != 200 else "check that this is XNAT's own address")
         return found
 
     def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
