@@ -177,7 +177,8 @@ class Settings:
     def matching(self, subject: str, name: str) -> Set[str]:
         """The patterns of --only that choose this session."""
         return {each for each in self.only if fnmatch.fnmatchcase(
-            f"{subject}/{name}", each if "/" in each else each + "/*")}
+            f"{subject}/{name}", each if "/" in each else each + "/*") or not name and
+            fnmatch.fnmatchcase(subject, each.partition("/")[0])}  # its folder cannot be read
 
     def chooses(self, subject: str, name: str) -> bool:
         """Whether --only and --shard choose this session."""
@@ -324,16 +325,18 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
 
     Raises Stop(2) if two folders meet in one label, a label is too long, or there is no series.
     """
-    tree, above = Tree(idle=set(settings.only)), []  # type: Tree, List[str]
+    tree, above, top = Tree(idle=set(settings.only)), [], []  # type: Tree, List[str], List[str]
     owners: Dict[Tuple[str, str], str] = {}
-    for subject in folders_in(settings.rootdir, above, tree.no_data):
+    for subject in folders_in(settings.rootdir, top, tree.no_data):
         # XNAT finds subjects without regard to case (retrieveMatchingSubject).
         folder = os.path.join(settings.rootdir, subject)
         claim(owners, "subject", clean_label(subject).lower(), folder)
+        files: List[str] = []
         try:
-            names = folders_in(folder, above, tree.no_data)
+            names = folders_in(folder, files, tree.no_data)
         except OSError:
             names = [""]  # a session without a name stands for it, and fails
+        above += files if settings.chooses(subject, "") else []
         for name in names:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
             claim(owners, "session", Session(subject, name).label, path)
@@ -350,8 +353,8 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
             tree.not_chosen += not chosen
             tick(tree)
     check_shape(tree, settings, above)
-    if not (settings.only or settings.shard[1] > 1):  # else each slice tells only of its own
-        tree.strays += above
+    # Each slice tells only of its own, the first one of what lies in ROOTDIR.
+    tree.strays += above + (top if not settings.only and settings.shard[0] == 1 else [])
     return tree
 
 
@@ -413,13 +416,11 @@ def claim(owners: Dict[Tuple[str, str], str], kind: str, label: str, folder: str
 
 def check_shape(tree: Tree, settings: Settings, above: List[str]) -> None:
     """Raises Stop(2) if there is no series in ROOTDIR; a slice may be empty."""
-    root = os.path.join(settings.rootdir, "")
     if tree.sample or any(not session.name for session in tree.sessions):
         return
     missing, where = "session level is", tree.strays
     if not where:
-        missing, where = "session and series levels are", [
-            path for path in above if os.path.dirname(path) != root.rstrip("/")]
+        missing, where = "session and series levels are", above
     if not where and tree.not_chosen:
         return
     wrong = (f"the {missing} missing ({where[0]} is a file where folders belong)" if where else
@@ -669,8 +670,7 @@ def check_studies(series: List[Series]) -> None:
 
 def is_packed(path: str) -> bool:
     """Whether an archive or compressed file holds DICOM, by its first members' first bytes."""
-    with suppress(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error,
-                  lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile):
+    with suppress(Exception):  # whatever a foreign archive makes Python's readers raise
         return any(header_of(head, len(head)).kind in ("DICOM", "damaged")
                    for head in itertools.islice(heads_in(path), 20))
     return False
@@ -691,7 +691,7 @@ def heads_in(path: str) -> Iterator[bytes]:
                     yield stream.read(READS[0])
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
-            for content in filter(None, map(tar.extractfile, tar)):
+            for content in filter(None, (tar.extractfile(each) for each in tar if each.isfile())):
                 yield content.read(READS[0])
 
 
@@ -1280,7 +1280,7 @@ class Curl:
     def ask_once(self, *paths: str) -> List[Answer]:
         """The answer at each of `paths`, all over one connection, each tried once."""
         return self._run([self.settings.url + path for path in paths],
-                         ["--silent", "--show-error", "--max-time", "300"])
+                         ["--silent", "--show-error", "--fail-early", "--max-time", "300"])
 
     def _run(self, urls: List[str], options: List[str], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
@@ -1383,9 +1383,9 @@ def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, count: int
     pieces = re.split(rb"\n(\d{3}) " + mark.encode() + rb"\n", done.stdout)
     pieces = pieces[:-1] or [done.stdout, b"000"]  # curl was killed: no mark, no status
     pairs = list(zip(pieces[::2], pieces[1::2]))[:count]
+    last = len(pairs)  # of those that were tried: the exit status is that of this one
     pairs += [(b"", b"000")] * (count - len(pairs))
-    # The exit status is that of the last one; of the others the HTTP status tells.
-    return [read_answer(out, int(status), done if at == count else None)
+    return [read_answer(out, int(status), done if at == last else None)
             for at, (out, status) in enumerate(pairs, 1)]
 
 
@@ -1749,9 +1749,17 @@ class Contents:
         self.subjects = {row["subject_label"].lower(): row["subject_label"] for row in rows or []
                          if row.get("subject_label", "").lower() in ours}
         self.prearchive: Dict[str, List[Row]] = defaultdict(list)
-        for row in table(waiting) or []:
+        for row in self._waiting_rows(waiting):
             if row.get("name") in labels:
                 self.prearchive[row["name"]].append(row)
+
+    def _waiting_rows(self, found: Any) -> List[Row]:
+        """The prearchive's listing; a hiccup must not look like an empty prearchive."""
+        rows = table(found)
+        if rows is None:
+            with suppress(Trouble):  # not every user may see it
+                rows = self.xnat.rows(self._prearchive().partition("?")[0])
+        return rows or []
 
     def _archive(self) -> str:
         return "/data/experiments?" + urlencode({
@@ -2530,7 +2538,7 @@ class Upload:
 
     def _note(self, outcome: Outcome, memory: Memory) -> None:
         """Write down how a session ended, so that the next run knows it by stat alone."""
-        series = memory.renewed(outcome.series)
+        series = memory.renewed([each for each in outcome.series if not each.problems])
         self.sender.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
                         files=outcome.files, whole=not outcome.failed(), series=series)
 

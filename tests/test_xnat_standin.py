@@ -1628,7 +1628,7 @@ class FaultsToInject(Case):
 
     def test_a_504_while_the_work_goes_on(self) -> None:
         xnat = self.inject("background")
-        xnat.knobs.seconds_per_file = 0.05
+        xnat.knobs.seconds_per_file = 0.3
         self.assertEqual((self.send(images(4)).status, self.count()), (504, 0))
         self.assertTrue(xnat.wait_for(lambda: xnat.imports()[0].address))
         self.assertEqual((self.count(), len(xnat.imports()[0].entries)), (4, 4))
