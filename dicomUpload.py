@@ -331,12 +331,11 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
         # XNAT finds subjects without regard to case (retrieveMatchingSubject).
         folder = os.path.join(settings.rootdir, subject)
         claim(owners, "subject", clean_label(subject).lower(), folder)
-        files: List[str] = []
+        files, before = [], len(tree.sessions)  # type: List[str], int
         try:
             names = folders_in(folder, files, tree.no_data)
         except OSError:
             names = [""]  # a session without a name stands for it, and fails
-        above += files if settings.chooses(subject, "") else []
         for name in names:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
             claim(owners, "session", Session(subject, name).label, path)
@@ -352,6 +351,8 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
             tree.sessions += [session] if chosen else []
             tree.not_chosen += not chosen
             tick(tree)
+        if len(tree.sessions) > before or not names and settings.chooses(subject, ""):
+            above += files
     check_shape(tree, settings, above)
     # Each slice tells only of its own, the first one of what lies in ROOTDIR.
     tree.strays += above + (top if not settings.only and settings.shard[0] == 1 else [])
