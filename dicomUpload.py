@@ -2428,10 +2428,8 @@ class Upload:
         outcome.series = series = list_session(session, settings)
         known = self.sender.ledger.of(session)
         memory = Memory() if settings.again else known
-        if not settings.dry_run:
-            self.contents.check_deleted(session, memory)
-            if self._is_known(outcome, memory):
-                return
+        if not settings.dry_run and self._is_known(outcome, memory):
+            return
         with self.reading, self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
@@ -2480,8 +2478,9 @@ class Upload:
         """Whether an earlier run has verified this very folder, and it is where that run saw it.
 
         By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
-        has told.
+        has told. Raises Trouble if somebody has deleted it there.
         """
+        self.contents.check_deleted(outcome.session, memory)
         waits = memory.ended != "prearchived" or self.contents.waits(outcome.session, memory.path)
         if not (waits and memory.is_same(outcome.series)):
             return False  # or its reviewer has archived it: count it there
