@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Send a tree of DICOM folders (ROOTDIR/subject/session/series) to XNAT: whole,
-verified, never by halves. Run it again after any trouble: it sends the rest.
+verified, nothing twice. Run it again, from anywhere, until all of it is there.
 
     ROOTDIR                     in XNAT
     +-- 007                     subject 007
@@ -18,16 +18,19 @@ exit status:
   1         some series or sessions failed
   2         wrong options, ROOTDIR or config, nothing sent
   3         could not start or had to stop (no zip, no curl, server unreachable,
-            login refused, no right to the project, workdir in use or full)
+            login refused, no right to the project, workdir in use or full, the
+            server refuses everything)
   130, 143  stopped by a signal
 
 Needs Python 3.8, curl 7.61, zip 3.0; no packages. Reads in the order of a run:
-  words      the nouns of the program, as dataclasses
-  finding    folders to Plan: labels, what is DICOM, what is left out
+  words      the nouns of the program
+  tree       walk ROOTDIR by names; read one session: what its files are
   packing    the one door to other programs, the workdir, one part to one zip
-  sending    what to say to XNAT, and what its answers mean
-  ledger     what has been sent, for the next run
-  the run    what may go next, and when a session is whole
+  curl       one request to one answer; cookie and retries
+  meanings   what an answer says, whether waiting heals it, what to do
+  xnat       meet the server, ask what it holds, post, commit
+  ledger     what earlier runs have done, to ask and send less
+  upload     one session from folder to archive; several at a time
   telling    lines, summary, log and report; nothing else prints
   options    the command line to Settings
   main       the only place that exits
@@ -36,6 +39,7 @@ Needs Python 3.8, curl 7.61, zip 3.0; no packages. Reads in the order of a run:
 from __future__ import annotations
 
 import argparse
+import bz2
 import csv
 import datetime
 import errno
@@ -43,37 +47,41 @@ import fcntl
 import fnmatch
 import getpass
 import glob
+import gzip
 import hashlib
 import heapq
 import html
 import io
 import itertools
 import json
+import lzma
 import netrc
 import os
 import random
 import re
+import select
+import selectors
 import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import unicodedata
 import zipfile
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from collections import Counter, defaultdict
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from queue import Empty, SimpleQueue
-from typing import (Any, Callable, Deque, Dict, Iterator, List, NoReturn, Optional, Sequence,
-                    Set, TextIO, Tuple)
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
+                    Sequence, Set, TextIO, Tuple, Union)
 from urllib.parse import quote, urlencode
 
-VERSION = "1.0"
+VERSION = "2.0"
 ABOUT, LAYOUT, EXAMPLES, STATUSES, _ = (__doc__ or "\n\n" * 4).split("\n\n")  # for --help
 ALL_THERE, SOME_FAILED, WRONG_CALL, STOPPED = 0, 1, 2, 3
 
@@ -90,12 +98,22 @@ class Stop(Exception):
         self.drawing = drawing
 
 
+class Stopping(Stop):
+    """Another thread has the reason."""
+
+
 class Misplaced(Stop):
     """XNAT puts the data elsewhere: another run would only put more there."""
 
 
 class Trouble(Exception):
-    """One series or session cannot be done; the text says why and what to do."""
+    """One series or session cannot be done: what is wrong (the evidence), and what to do."""
+
+    def __init__(self, what: str, to_do: str, refused: bool = False) -> None:
+        super().__init__(f"{what}: {to_do}")
+        self.what = what
+        self.to_do = to_do
+        self.refused = refused  # by the server
 
 
 def option(names: str, text: str, default: Any = None, **more: Any) -> Any:
@@ -109,6 +127,9 @@ def option(names: str, text: str, default: Any = None, **more: Any) -> Any:
 def switch(flags: str, text: str) -> Any:
     """A field that is False until the command line has one of these flags."""
     return field(metadata={"flags": flags.split(), "help": text, "action": "store_true"})
+
+
+AUTO = -1  # as a level: 0 or 1, whichever is faster
 
 
 @dataclass(frozen=True, repr=False)  # no trace may show the password
@@ -125,18 +146,21 @@ class Settings:
         "contains one of these, in any case")
     only: List[str] = option("--only PATTERN", "glob on subject or subject/session: send only "
                              "these (repeatable)", [], action="append")
-    dry_run: bool = switch("-n --dry-run", "show what would be sent, contact nobody")
-    again: bool = switch(
-        "--again", "forget what was sent of the sessions that --only chooses, or of all")
-    no_commit: bool = switch(
-        "--no-commit", "leave sessions to XNAT's own timers, which may archive one by halves")
+    shard: Tuple[int, int] = option("--shard K/N", "of N machines that share the tree this is "
+                                    "number K: whole subjects, always the same", "1/1")
+    nested: bool = switch("--nested", "series folders hold several series each, as is meant")
+    dry_run: bool = switch("-n --dry-run", "log in, look, show what would be sent; write nothing")
+    again: bool = switch("--again", "send what is chosen again, whatever ledger and server say")
+    review: bool = switch("--review", "leave whole, verified sessions in the prearchive for a "
+                          "person to archive")
     overwrite_files: bool = switch(
-        "--overwrite-files", "on commit, replace images that the archive already holds")
-    workdir: str = option(
-        "--workdir DIR", "zips, ledger, log, report; the same in every run", "./work")
+        "--overwrite-files", "on commit, replace images that the archive already holds; what has "
+        "changed here since it was sent goes again")
+    workdir: str = option("--workdir DIR", "zips, ledger, log, report", "./work")
     procs: int = option("--procs N", "uploads side by side", 4)
     max_files: int = option("--max-files N", "files per zip", 500)
-    compression: int = option("--compression 0-9", "zip's level", 1)
+    compression: int = option("--compression auto|0-9", "zip's level; auto takes 0 or 1, whichever "
+                              "is faster here", "auto")
     retries: int = option("--retries N", "tries after the first", 5)
     timeout: int = option(
         "--timeout SECONDS", "seconds without a byte before a transfer counts as dead", 900)
@@ -146,201 +170,213 @@ class Settings:
     insecure: bool = switch("--insecure", "do not check the server's certificate")
     logname: str = option("--logname NAME", "base of the log's and report's names", "dicomUpload")
     quiet: bool = switch("-q --quiet", "only what failed, and the summary")
-    verbose: bool = switch(
-        "-v --verbose", "each command and each answer of the server too, as in the log")
+    verbose: bool = switch("-v --verbose", "a line for each series, each command and each answer "
+                           "of the server too")
     command: str = ""  # the same call, without the password
 
+    def matching(self, subject: str, name: str) -> Set[str]:
+        """The patterns of --only that choose this session."""
+        return {each for each in self.only if fnmatch.fnmatchcase(
+            f"{subject}/{name}", each if "/" in each else each + "/*") or not name and
+            fnmatch.fnmatchcase(subject, each.partition("/")[0])}  # its folder cannot be read
 
-File = Tuple[str, int, int]  # name below the series folder, bytes, time in ns
+    def chooses(self, subject: str, name: str) -> bool:
+        """Whether --only and --shard choose this session."""
+        if self.only and not self.matching(subject, name):
+            return False
+        number, shards = self.shard
+        # One form of each letter: macOS and Linux may store the same name in two.
+        raw = unicodedata.normalize("NFC", subject).encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") % shards == number - 1
+
+    def left_out(self, series: str) -> str:
+        """The exclusion that this series' name contains, or ''."""
+        return next((each for each in self.config if each.lower() in series.lower()), "")
 
 
-@dataclass(frozen=True)
+class Session(NamedTuple):
+    """One session folder, by names alone: ten thousand of them stay small in memory."""
+
+    subject: str  # the folders' names
+    name: str
+    joined: str = ""  # names of the series folders, as the walk saw them
+
+    @property
+    def path(self) -> str:
+        return f"{self.subject}/{self.name}"
+
+    @property
+    def subject_label(self) -> str:
+        return clean_label(self.subject)
+
+    @property
+    def label(self) -> str:
+        return clean_label(f"{self.subject}_{self.name}" if self.name else self.subject)
+
+    @property
+    def series(self) -> List[str]:
+        return self.joined.split("\0") if self.joined else []
+
+
+@dataclass(eq=False)
+class File:
+    """A file below a series folder. Once it is read, its UIDs say which image it is: XNAT keeps
+    one of each SOP Instance UID in a series."""
+
+    name: str
+    bytes: int
+    time_ns: int
+    sop: str = ""
+    study: str = ""
+    series: str = ""
+    crc: int = -1  # CRC-32, where it is known
+    missing: bool = True  # the server does not have it
+
+
+@dataclass(eq=False)
 class Series:
-    """One series folder: what of it is to be sent, or why nothing is."""
+    """One series folder as it was read, and what has become of it."""
 
     name: str
     folder: str
-    packed: bytes = b""  # the files, compressed: ten thousand sessions stay small in memory
-    files: int = 0
-    bytes: int = 0
-    fingerprint: str = ""  # of names, sizes and times
-    not_dicom: int = 0
-    left_out: str = ""
-    problem: str = ""
+    status: str = ""  # sent, not sent, already there, left out, no DICOM, copy; '' on its way
+    message: str = ""  # why it was left out, or what else is worth a word
+    listing: str = ""  # fingerprint of its files' names, sizes and times
+    files: List[File] = field(default_factory=list)
+    images: List[File] = field(default_factory=list)  # those that belong on the server
+    no_data: List[str] = field(default_factory=list)  # by its name, see NO_DATA
+    not_dicom: List[str] = field(default_factory=list)
+    damaged: List[str] = field(default_factory=list)  # name and what is wrong with it
+    packed: List[str] = field(default_factory=list)
+    copies: List[str] = field(default_factory=list)  # name and of what
+    problems: List[Trouble] = field(default_factory=list)  # nothing more of it may be sent
+    there: int = 0  # images that are on the server
+    sent: int = 0  # of these, by this run
+    bytes: int = 0  # of these
+    zipped: int = 0  # bytes that went over the line
+    tries: int = 0
+    http: int = 0  # status of the last answer
+    began: float = 0.0
+    seconds: float = 0.0
 
-    def listing(self) -> List[File]:
-        """The files to send, as the plan saw them."""
-        lines = os.fsdecode(zlib.decompress(self.packed)).split("\0") if self.files else []
-        parts = (line.split(" ", 2) for line in lines)
-        return [(name, int(length), int(time_ns)) for length, time_ns, name in parts]
+    @property
+    def missing(self) -> List[File]:
+        """What is still to be sent."""
+        return [] if self.problems else [image for image in self.images if image.missing]
+
+    def wants_a_person(self) -> bool:
+        return bool(self.problems or self.damaged or self.packed)
 
 
-@dataclass(frozen=True)
-class Session:
-    """One session folder and the labels that XNAT gets for it."""
+@dataclass(eq=False)
+class Outcome:
+    """How a session ended."""
 
-    path: str  # subject/session, as the folders are called
-    subject_label: str
-    label: str
-    series: Tuple[Series, ...]
+    session: Session
+    series: List[Series]
+    where: str = "failed"  # see ENDS
+    files: int = 0  # of ours on the server, counted by it
+    address: str = ""  # where it lies
+    earlier: bool = False  # an earlier run, or somebody else, had brought all of it there
+    trouble: Optional[Trouble] = None  # of the session as a whole
+    answered: threading.Event = field(default_factory=threading.Event)  # a part, by the server
+
+    def failed(self) -> bool:
+        return bool(self.trouble) or any(each.wants_a_person() for each in self.series)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that ROOTDIR holds, decided before any byte leaves."""
+def fingerprint(lines: Iterable[str]) -> str:
+    """A short digest of these lines."""
+    return hashlib.sha256(b"\0".join(map(os.fsencode, lines))).hexdigest()[:20]
 
-    sessions: Tuple[Session, ...]
-    strays: Tuple[str, ...]  # what lies where folders belong
-    loose: Dict[str, List[str]]  # the DICOM files among them, by folder
-    not_chosen: int  # sessions left out by --only
 
-    def pairs(self) -> Iterator[Tuple[Session, Series]]:
+# ---- tree ----------------------------------------------------------------------------------
+
+# Trash, snapshots and system folders of file servers and desktops: what they hold was withdrawn.
+NO_DATA = frozenset(("#recycle", "@recycle", "@eadir", "$recycle.bin", "recycler", "lost+found",
+                     "system volume information", "__macosx", "#snapshot", "~snapshot",
+                     "@recently-snapshot"))
+UNFINISHED = re.compile(r"\.(part|filepart|partial|crdownload)$", re.IGNORECASE)
+# rsync's .NAME.XXXXXX, and names that other programs give to halves: only if the bytes agree.
+PERHAPS_UNFINISHED = re.compile(r"^\..+\.[A-Za-z0-9]{6}$|\.(tmp|temp|download|aria2)$")
+XNAT_UNPACKS = re.compile(r"\.(zip|tar|tgz|gz|zar|xar)$", re.IGNORECASE)
+READERS, SLOW = 32, 0.0003  # files at a time, where one takes longer than so many seconds
+SAMPLE = 6  # sessions, and series folders of each, that tell whether ROOTDIR is a level too high
+
+
+@dataclass
+class Tree:
+    """What ROOTDIR holds, by names."""
+
+    sessions: List[Session] = field(default_factory=list)  # those that were chosen
+    sample: List[Session] = field(default_factory=list)  # the first with series, chosen or not
+    strays: List[str] = field(default_factory=list)  # files where folders belong
+    no_data: List[str] = field(default_factory=list)  # names that stand for none
+    not_chosen: int = 0  # sessions
+    labels: Set[str] = field(default_factory=set)  # of all sessions, chosen or not
+    idle: Set[str] = field(default_factory=set)  # patterns of --only that choose nothing
+
+    def pairs(self) -> Iterator[Tuple[Session, str]]:
         return ((session, series) for session in self.sessions for series in session.series)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Files `start` to `stop` of a series: one zip, one POST."""
+def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
+    """Walk ROOTDIR/subject/session/series by names; no file is opened.
 
-    session: Session
-    series: Series
-    start: int
-    stop: int
-
-    @property
-    def bytes(self) -> int:
-        """Of its files, about: as if all files of a series were of one size."""
-        return self.series.bytes * (self.stop - self.start) // self.series.files
-
-    @property
-    def room(self) -> int:
-        """Bytes that its zip never exceeds, about."""
-        return zip_room(self.bytes, self.stop - self.start)
-
-
-class Turn:
-    """A part's place in its series: it takes room on the disk after the one before it, and is
-    posted after that one is sent. (Else one that waits could keep the room from one that is
-    waited for.)
+    Raises Stop(2) if two folders meet in one label, a label is too long, or there is no series.
     """
-
-    def __init__(self, before: Optional[Turn]) -> None:
-        self.before = before
-        self.has_room = threading.Event()
-        self.over = threading.Event()
-        self.address = ""  # where it was sent
-
-    def end(self) -> None:
-        self.before = None
-        self.has_room.set()
-        self.over.set()
-
-    def comes(self) -> bool:
-        """Wait for the part before; whether it is sent."""
-        if self.before:
-            self.before.over.wait()
-        return not self.before or bool(self.before.address)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one part. `address` set means that it is sent."""
-
-    address: str = ""
-    message: str = ""
-    zipped: int = 0  # bytes
-    tries: int = 0
-    status: int = 0
-    moved: bool = False  # the session's earlier parts have left the prearchive meanwhile
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How the server holds a session: before anything is sent, or after its commit."""
-
-    where: str = ""  # new, open, lost, archived, prearchived; '' if that is not known
-    message: str = ""  # what is wrong with it
-    files: int = 0  # counted by the server
-    owed: int = 0  # what it should have counted, where it did not
-    path: str = ""  # where it was counted
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back from one curl: `code` is its exit status, `status` the server's."""
-
-    code: int
-    status: int
-    body: str
-    error: str = ""
-    location: str = ""
-    retry_after: float = 0.0
-    cookie: str = field(default="", repr=False)
-
-    @property
-    def is_html(self) -> bool:
-        return bool(re.match(r"\s*<(!doctype|html|!--)", self.body, re.IGNORECASE))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """An answer, judged: `wait` set means that trying again may heal it, after so long."""
-
-    address: str = ""
-    message: str = ""
-    wait: Optional[float] = None
-    gone: bool = False  # nothing that looks like a working XNAT answered
-    stop: bool = False
-
-
-# ---- finding -------------------------------------------------------------------------------
-
-
-def make_plan(settings: Settings, note: Callable[[str], None]) -> Plan:
-    """Walk ROOTDIR/subject/session/series. `note` gets each file that is not DICOM.
-
-    Raises Stop(2) if two folders meet in one label, or the tree has another shape.
-    """
-    sessions: List[Session] = []
-    strays: List[str] = []
-    above: List[str] = [] if settings.only else strays  # each slice tells only of its own
+    tree, above, top = Tree(idle=set(settings.only)), [], []  # type: Tree, List[str], List[str]
     owners: Dict[Tuple[str, str], str] = {}
-    globs = [each if "/" in each else each + "/*" for each in settings.only or ["*"]]
-    not_chosen = 0
-    for subject in subfolders(settings.rootdir, above):
-        # XNAT finds subjects without regard to case (xnat.md 4.4, retrieveMatchingSubject).
+    for subject in folders_in(settings.rootdir, top, tree.no_data):
+        # XNAT finds subjects without regard to case (retrieveMatchingSubject).
         folder = os.path.join(settings.rootdir, subject)
         claim(owners, "subject", clean_label(subject).lower(), folder)
+        files, before = [], len(tree.sessions)  # type: List[str], int
         try:
-            names = subfolders(folder, above)
+            names = folders_in(folder, files, tree.no_data)
         except OSError:
             names = [""]  # a session without a name stands for it, and fails
         for name in names:
-            claim(owners, "session", clean_label(f"{subject}_{name}"), os.path.join(folder, name))
-            if any(fnmatch.fnmatchcase(f"{subject}/{name}", each) for each in globs):
-                sessions.append(read_session(subject, name, settings, strays, note))
-            else:
-                not_chosen += 1
-    loose: Dict[str, List[str]] = {}
-    for path in strays:
-        with suppress(OSError):
-            if os.path.isfile(path) and is_dicom(first_bytes(path), os.path.getsize(path)):
-                loose.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
-    plan = Plan(tuple(sessions), tuple(strays), loose, not_chosen)
-    check_shape(plan, settings)
-    return plan
+            path, series = os.path.join(folder, name), []  # type: str, List[str]
+            claim(owners, "session", Session(subject, name).label, path)
+            tree.labels.add(Session(subject, name).label)
+            chosen = settings.chooses(subject, name)
+            tree.idle -= settings.matching(subject, name)
+            if chosen or len(tree.sample) < SAMPLE:
+                with suppress(OSError):  # reading it will say why
+                    series = folders_in(path, tree.strays if chosen else [],
+                                        tree.no_data if chosen else [])
+            session = Session(subject, name, "\0".join(series))
+            tree.sample += [session] if series and len(tree.sample) < SAMPLE else []
+            tree.sessions += [session] if chosen else []
+            tree.not_chosen += not chosen
+            tick(tree)
+        if len(tree.sessions) > before or not names and settings.chooses(subject, ""):
+            above += files
+    check_shape(tree, settings, above)
+    # Each slice tells only of its own, the first one of what lies in ROOTDIR.
+    tree.strays += above + (top if not settings.only and settings.shard[0] == 1 else [])
+    return tree
 
 
-def subfolders(folder: str, strays: List[str]) -> List[str]:
-    """Names of the folders in `folder`, hidden ones not, in order; the rest goes to `strays`."""
+def is_no_data(name: str) -> bool:
+    """Whether this name says that what it stands for is no data, at any level of the tree."""
+    return name.startswith(".") or name.lower() in NO_DATA
+
+
+def folders_in(folder: str, files: List[str], no_data: List[str]) -> List[str]:
+    """Names of the folders in `folder`, in order; the paths of the rest go into the lists."""
     names = []
-    for entry in os.scandir(folder):
-        # A link to nothing counts: a share that is not mounted must not go unnoticed.
-        lost = entry.is_symlink() and not os.path.exists(entry.path)
-        if not lost and (not entry.is_dir() or leads_back(entry)):
-            strays.append(entry.path)
-        elif not entry.name.startswith("."):
-            names.append(entry.name)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # A link to nothing counts: a share that is not mounted must not go unnoticed.
+            lost = entry.is_symlink() and not os.path.exists(entry.path)
+            if is_no_data(entry.name):
+                no_data.append(entry.path)
+            elif lost or entry.is_dir() and not leads_back(entry):
+                names.append(entry.name)
+            else:
+                files.append(entry.path)
     return sorted(names)
 
 
@@ -351,117 +387,211 @@ def leads_back(entry: os.DirEntry[str]) -> bool:
 
 def lies_in(path: str, folder: str) -> bool:
     """Whether `path` is `folder`, or lies in it."""
-    return os.path.realpath(folder) in and_above(path)
+    return real_path(path).startswith(real_path(folder))
 
 
-def and_above(path: str) -> List[str]:
-    """The real path of a folder, and of all folders above it."""
-    real = os.path.realpath(path)
-    return [real] + [real[:at] or "/" for at, each in enumerate(real) if each == "/"]
+def overlap(real: str, others: List[str]) -> bool:
+    """Whether a folder is one of the others, or lies in one, or one in it."""
+    return any(real.startswith(each) or each.startswith(real) for each in others)
+
+
+def real_path(path: str) -> str:
+    return os.path.join(os.path.realpath(path), "")
 
 
 def clean_label(text: str) -> str:
-    """`text` as a label that XNAT keeps unchanged: it accepts [A-Za-z0-9_-] (xnat.md 4.4)."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", text)
+    """`text` as a label that XNAT keeps unchanged: it accepts [A-Za-z0-9_-] (XftStringUtils)."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", unicodedata.normalize("NFC", text))
 
 
 def claim(owners: Dict[Tuple[str, str], str], kind: str, label: str, folder: str) -> None:
-    """Note that `folder` becomes `label`. Raises Stop(2) if another folder already does."""
+    """Note that `folder` becomes `label`. Raises Stop(2) if another one does, or it is too long."""
     other = owners.setdefault((kind, label), folder)
     if other != folder:
         refuse(f"{kind} label {label}", f"two folders would become one ({other} and {folder}; XNAT "
                "keeps only letters, digits, _ and -): rename one of them")
+    if len(label) > 255:
+        refuse(f"{kind} label {label}", f"is longer than the 255 bytes that XNAT can store "
+               f"({folder}): rename the folder")
 
 
-def read_session(subject: str, name: str, settings: Settings, strays: List[str],
-                 note: Callable[[str], None]) -> Session:
-    """Look into every series folder of one session."""
-    folder = os.path.join(settings.rootdir, subject, name)
+def check_shape(tree: Tree, settings: Settings, above: List[str]) -> None:
+    """Raises Stop(2) if there is no series in ROOTDIR; a slice may be empty."""
+    if tree.sample or any(not session.name for session in tree.sessions):
+        return
+    missing, where = "session level is", tree.strays
+    if not where:
+        missing, where = "session and series levels are", above
+    if not where and tree.not_chosen:
+        return
+    wrong = (f"the {missing} missing ({where[0]} is a file where folders belong)" if where else
+             "no series found")
+    raise Stop(f"ROOTDIR {settings.rootdir}: {wrong}: give a folder of this layout", WRONG_CALL,
+               LAYOUT)
+
+
+# One session's files
+
+
+def list_session(session: Session, settings: Settings) -> List[Series]:
+    """All series folders of a session with their files by names, sizes and times; opens none.
+
+    Raises Trouble if the folder cannot be read.
+    """
+    folder = os.path.join(settings.rootdir, session.subject, session.name)
     try:
-        series = tuple(read_series(each, os.path.join(folder, each), settings.config, note)
-                       for each in subfolders(folder, strays))
+        return [list_series(name, os.path.join(folder, name), settings)
+                for name in folders_in(folder, [], [])]
     except OSError as error:
-        series = (Series("(folder)", folder, problem=f"the folder {unreadable(error)}"),)
-    label = clean_label(f"{subject}_{name}" if name else subject)
-    return Session(f"{subject}/{name}", clean_label(subject), label, series)
+        raise unreadable("the folder", error)
 
 
-def read_series(name: str, folder: str, exclude: Tuple[str, ...],
-                note: Callable[[str], None]) -> Series:
-    """Decide what of one series folder is sent."""
-    for pattern in exclude:
-        if pattern.lower() in name.lower():
-            return Series(name, folder, left_out=f'name contains "{pattern}"')
+def list_series(name: str, folder: str, settings: Settings) -> Series:
+    """One series folder with its files, at any depth, or the exclusion that leaves it out."""
+    series, pattern = Series(name, folder), settings.left_out(name)
+    if pattern:
+        series.status, series.message = "left out", f'name contains "{pattern}"'
+        return series
     try:
-        files, junk, problems = list_files(folder)
+        list_files(series)
     except OSError as error:
-        return Series(name, folder, problem=f"the folder {unreadable(error)}")
-    for each in junk:
-        note(f"not DICOM: {os.path.join(folder, each)}")
-    raw = os.fsencode("\0".join(f"{length} {time_ns} {each}" for each, length, time_ns in files))
-    more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
-    return Series(name, folder, zlib.compress(raw, 1), len(files), sum(file[1] for file in files),
-                  hashlib.sha256(raw).hexdigest()[:32], len(junk),
-                  problem=problems[0] + more if problems else "")
+        series.problems.append(unreadable("the folder", error))
+    series.files.sort(key=lambda file: file.name)
+    series.listing = fingerprint(itertools.chain(
+        (f"{file.name} {file.bytes} {file.time_ns}" for file in series.files),
+        map(str, series.problems)))
+    return series
 
 
-def list_files(folder: str) -> Tuple[List[File], List[str], List[str]]:
-    """One pass over a series folder: its DICOM files, the names of the rest, what is wrong."""
-    files: List[File] = []
-    junk: List[str] = []
-    problems: List[str] = []
-    entries = list(os.scandir(folder))
+def list_files(series: Series) -> None:
+    """One pass over the folders below a series folder. Links are followed, each folder once."""
+    entries = list(os.scandir(series.folder))
     links: List[Tuple[str, os.DirEntry[str]]] = []  # to folders: after all real ones, by path
-    read = {os.path.realpath(folder)}  # folders that link to each other have paths without end
+    read = [real_path(series.folder)]  # folders that link to each other have paths without end
     while entries or links:
         linked = not entries
         entry = heapq.heappop(links)[1] if linked else entries.pop()
-        name = entry.path[len(folder) + 1:]
+        name = entry.path[len(series.folder) + 1:]
         try:
-            if not entry.is_dir():
-                look_at_file(entry, name, files, junk, problems)
-            elif not entry.is_symlink():
-                entries += os.scandir(entry.path)
-            elif not linked:
+            if is_no_data(entry.name) and not PERHAPS_UNFINISHED.search(entry.name):
+                series.no_data.append(name)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                series.problems.append(Trouble(f"{name} is a link to nothing",
+                                               "mend or remove it, then run again"))
+            elif entry.is_file():
+                info = entry.stat()
+                series.files.append(File(name, info.st_size, info.st_mtime_ns))
+            elif not entry.is_dir():  # a FIFO would make us wait for ever
+                series.not_dicom.append(f"{name} (no regular file)")
+            elif entry.is_symlink() and not linked:
                 heapq.heappush(links, (entry.path, entry))
-            elif leads_back(entry) or not read.isdisjoint(and_above(entry.path)):
-                junk.append(f"{name} (a link to a folder above it, or one that is read already)")
+            elif linked and overlap(real_path(entry.path), read):
+                series.not_dicom.append(f"{name} (a link to a folder that is read already)")
             else:
-                read.add(os.path.realpath(entry.path))
+                read += [real_path(entry.path)] if linked else []
                 entries += os.scandir(entry.path)
         except OSError as error:
-            problems.append(f"{name} {unreadable(error)}")
-    return sorted(files), sorted(junk), sorted(problems)
+            series.problems.append(unreadable(name, error))
 
 
-def look_at_file(entry: os.DirEntry[str], name: str, files: List[File], junk: List[str],
-                 problems: List[str]) -> None:
-    """Put one file where it belongs. Raises OSError if it cannot be read."""
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        problems.append(f"{name} is a link to nothing: mend or remove it, then run again")
-        return
-    info = entry.stat()
-    regular = entry.is_file() and info.st_size  # a FIFO would make us wait for ever
-    if not regular or not is_dicom(first_bytes(entry.path), info.st_size):
-        junk.append(name + ("" if info.st_size else " (is empty: a copy that broke?)"))
-    elif re.search(r"[\n\r\x7f]", name):  # zip takes a line each, and spoils the zip with a DEL
-        problems.append(f"{name} has a line break or DEL in its name: rename it, then run again")
-    elif not is_utf8(name):  # Java refuses the whole zip for it (xnat.md 3)
-        problems.append(f"{name} has a name that is not UTF-8: rename it, then run again")
-    elif re.search(r"\.(zip|tar|tgz|gz)$", name, re.IGNORECASE):  # XNAT would unpack it (xnat.md 3)
-        problems.append(f"{name} is DICOM named as an archive: rename it, then run again")
-    else:
-        files.append((name, info.st_size, info.st_mtime_ns))
-
-
-def unreadable(error: OSError) -> str:
+def unreadable(thing: str, error: OSError) -> Trouble:
     """The same words for every file or folder that the system refuses to show."""
-    known = {errno.EACCES: f"cannot be read ({error.strerror}): give yourself read permission",
-             errno.ENOENT: "does not exist: check the name or link",
-             errno.ELOOP: "is a link that goes round in circles: mend it",
-             errno.ENOTDIR: "is a file: give a folder", errno.EISDIR: "is a folder: give a file"}
-    rest = f"cannot be read ({error.strerror}): check the disk or share"
-    return known.get(error.errno or 0, rest) + ", then run again"
+    known = {errno.EACCES: (f"cannot be read ({error.strerror})", "give yourself read permission"),
+             errno.ENOENT: ("does not exist", "check the name or link"),
+             errno.ELOOP: ("is a link that goes round in circles", "mend it"),
+             errno.ENOTDIR: ("is a file", "give a folder"),
+             errno.EISDIR: ("is a folder", "give a file")}
+    what, to_do = known.get(error.errno or 0, (f"cannot be read ({error.strerror})",
+                                               "check the disk or share"))
+    return Trouble(f"{thing} {what}".strip(), f"{to_do}, then run again")
+
+
+def read_session(series: List[Series], tick: Callable[[], None]) -> None:
+    """Read the headers of a session's files, and say of each file what it is.
+
+    `tick` is called for each file. Raises Trouble for two studies in one session.
+    """
+    blank: List[Tuple[Series, str, str]] = []
+    files = [(each, file) for each in series for file in each.files]
+    for one, file, found in read_files(files):
+        blank += look_at(one, file, found)
+        tick()
+    shapes = {name_shape(image.name) for each in series for image in each.images}
+    for each, name, why in blank:  # an image that broke, if it is named as the others are
+        if name_shape(name) in shapes or re.search(r"\.(dcm|ima|dicom)$", name.lower()):
+            each.damaged.append(f"{name} {why}")
+        else:
+            each.not_dicom.append(f"{name} ({why})")
+    find_copies(series)
+    check_studies(series)
+    for each in series:
+        if not (each.status or each.problems or each.images):
+            each.status = "copy" if each.copies else "no DICOM"
+            each.message = (f"all its images are copies: {some(each.copies)}" if each.copies else
+                            f"none of its {plural(len(each.files), 'file')} is DICOM"
+                            if each.files else "is empty")
+
+
+def read_files(files: List[Tuple[Series, File]]) -> Iterator[Tuple[Series, File, Found]]:
+    """Read the headers one after another; several at a time where each is waited for, as on a
+    share. All others would only be slowed down: threads of Python share one core."""
+
+    def read(pair: Tuple[Series, File]) -> Tuple[Series, File, Found, float]:
+        began, path = time.monotonic(), os.path.join(pair[0].folder, pair[1].name)
+        found: Found
+        try:
+            found = read_header(path, pair[1].bytes)
+            found = Header("packed") if found.kind == "other" and is_packed(path) else found
+        except OSError as error:
+            found = error
+        return pair[0], pair[1], found, time.monotonic() - began
+
+    with ThreadPoolExecutor(READERS) as pool:
+        at, most, slow = 0, READERS, False
+        while at < len(files):
+            done = list((pool.map if slow else map)(read, files[at:at + most]))
+            yield from (each[:3] for each in done)
+            slow = sorted(seconds for *_, seconds in done)[len(done) // 2] > SLOW
+            at, most = at + most, 16 * READERS
+
+
+def look_at(series: Series, file: File, header: Found) -> List[Tuple[Series, str, str]]:
+    """Put one file where it belongs in its series; what is blank is returned, with the reason."""
+    name, base, unsendable = file.name, os.path.basename(file.name), why_unsendable(file.name)
+    if isinstance(header, OSError):
+        series.problems.append(unreadable(name, header))
+    elif UNFINISHED.search(base) or PERHAPS_UNFINISHED.search(base) and (
+            header.kind not in ("other", "packed")):
+        series.problems.append(Trouble(f"{name} is unfinished, by its name",
+                                       "wait until it is whole, or remove it, then run again"))
+    elif header.kind == "packed":
+        series.packed.append(name)
+    elif header.kind == "damaged":
+        series.damaged.append(f"{name} {header.why}")
+    elif is_no_data(base) or header.kind == "other":
+        series.not_dicom.append(name)
+    elif header.kind == "blank":
+        return [(series, name, header.why)]
+    elif unsendable:
+        series.problems.append(Trouble(f"{name} {unsendable}", "rename it, then run again"))
+    else:
+        file.sop, file.study, file.series = header.sop, header.study, header.series
+        series.images.append(file)
+    return []
+
+
+def name_shape(name: str) -> str:
+    """What the names of one export have in common."""
+    return re.sub(r"\d+", "0", os.path.basename(name).lower())
+
+
+def why_unsendable(name: str) -> str:
+    """Why zip or XNAT would not take a DICOM file of this name, or ''."""
+    if re.search(r"[\n\r\x7f]", name):  # zip takes a line each, and spoils the zip with a DEL
+        return "has a line break or DEL in its name"
+    if not is_utf8(name):  # Java's ZipInputStream refuses the whole zip for it
+        return "has a name that is not UTF-8"
+    return "is DICOM named as an archive" if XNAT_UNPACKS.search(name) else ""
 
 
 def is_utf8(name: str) -> bool:
@@ -469,74 +599,284 @@ def is_utf8(name: str) -> bool:
     return raw.decode("utf-8", "ignore").encode("utf-8") == raw
 
 
-def first_bytes(path: str, count: int = 512) -> bytes:
-    """Enough of a file to know it by: the preamble and the media storage class after it."""
-    handle = os.open(path, os.O_RDONLY)
+def find_copies(series: List[Series]) -> None:
+    """Take images out that stand there already; where one UID stands for two, fail both series."""
+    owners: Dict[Tuple[str, str], List[Tuple[Series, File]]] = defaultdict(list)
+    for each in series:
+        for image in each.images:
+            owners[image.series, image.sop].append((each, image))
+    for found in owners.values():
+        if len(found) > 1:
+            settle_copies(sorted(found, key=lambda pair: (len(pair[1].name), pair[1].name)))
+
+
+def settle_copies(found: List[Tuple[Series, File]]) -> None:
+    """Of equal files of one UID only the first stays; if they differ, all their series fail."""
+    names = [f"{series.name}/{image.name}" for series, image in found]
     try:
-        return os.read(handle, count)
-    finally:
-        os.close(handle)
+        contents = {(image.bytes, crc_of(series, image)) for series, image in found}
+    except OSError as error:
+        found[0][0].problems.append(unreadable(str(error.filename), error))
+        return
+    if len(contents) == 1:
+        for (series, image), name in list(zip(found, names))[1:]:
+            series.images.remove(image)
+            series.copies.append(f"{name} is a copy of {names[0]}")
+    else:
+        trouble = Trouble(f"{' and '.join(names)} are different images with one SOP Instance UID "
+                          f"({found[0][1].sop}), of which XNAT would keep one",
+                          "move one of them out, or have its UIDs corrected, then run again")
+        for series in dict.fromkeys(series for series, _ in found):
+            series.problems.append(trouble)
 
 
-# A first tag in group 0002 or 0008, of either byte order, with its value representation.
-EXPLICIT = re.compile(
-    rb"([\2\10]\0[\0-\x90]\0|\0[\2\10]\0[\0-\x90])(AE|AS|AT|CS|DA|DS|DT|FD|FL|IS|LO|LT|OB|OD|OF|OL|"
-    rb"OW|PN|SH|SL|SQ|SS|ST|TM|UC|UI|UL|UN|UR|US|UT)")
-# A DICOMDIR is an index without a SOP class of its own, and XNAT refuses it (xnat.md 3).
-DICOMDIR_CLASS = re.compile(rb"1\.2\.840\.10008\.1\.3\.10(?![0-9.])")
+def crc_of(series: Series, file: File) -> int:
+    """The CRC-32 of a file's bytes, read once."""
+    if file.crc < 0:
+        crc = 0
+        with open(os.path.join(series.folder, file.name), "rb") as stream:
+            for piece in iter(lambda: stream.read(1 << 20), b""):
+                crc = zlib.crc32(piece, crc)
+        file.crc = crc
+    return file.crc
 
 
-def is_dicom(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes that begins with `head` (512 bytes, or all) is DICOM.
-
-    By its bytes, never by its name: `DICM` at 128, or a data set without preamble, whose first
-    tag lies in group 0002 or 0008 with a plausible value representation or length.
-    """
-    if head[128:132] == b"DICM":
-        return not DICOMDIR_CLASS.search(head, 132)
-    if len(head) < 16:
-        return False
-    if EXPLICIT.match(head):
+def has_changed(session: Session, series: List[Series], settings: Settings) -> bool:
+    """Whether a session's folder is another than when it was read. Raises Trouble."""
+    again = list_session(session, settings)
+    if [each.name for each in again] != [each.name for each in series]:
         return True
-    group, element, length = struct.unpack("<HHI", head[:8])
-    return (group in (0x0002, 0x0008) and element <= 0x0090 and (element > 0 or length == 4)
-            and length <= min(size - 8, 1024) and length % 2 == 0)
+    for now, then in zip(again, series):
+        if now.problems or [(file.name, file.bytes) for file in now.files] != [
+                (file.name, file.bytes) for file in then.files]:
+            return True
+        for new, old in zip(now.files, then.files):  # times alone are no change
+            if new.time_ns != old.time_ns and old.sop and crc_of(now, new) != old.crc:
+                return True
+    return False
 
 
-def check_shape(plan: Plan, settings: Settings) -> None:
-    """Raises Stop(2) if ROOTDIR holds nothing to send, or looks one level off."""
-    root, wanted = settings.rootdir, [each for _, each in plan.pairs() if not each.left_out]
-    full = [series for series in wanted if series.files]
-    deep = [path for path in plan.strays if os.path.dirname(path) != root]
-    wrong = ""
-    if plan.not_chosen and not plan.sessions:
-        refuse(f"--only {' '.join(settings.only)}", f"chooses none of the {plan.not_chosen} "
-               f"sessions in {root}: give subject or subject/session, as the folders go")
-    elif not any(plan.pairs()) and deep:
-        wrong = (f"one level too deep (files where series belong, {deep[0]}): try "
-                 f"{os.path.dirname(os.path.abspath(root))}")
-    elif not any(plan.pairs()):
-        wrong = "no series found: give the folder that holds the subjects"
-    elif wanted and not full and not any(series.problem for series in wanted):
-        junk = sum(series.not_dicom for series in wanted)
-        wrong = f"none of the {junk} files in {len(wanted)} series is DICOM: is this the folder?"
-    elif (all("/" in name for series in full for name, _, _ in series.listing())
-          and any(map(holds_several, full))):
-        wrong = (f"one level too shallow (different series in {full[0].folder}): give a folder "
-                 f"inside {root}")
-    if wrong:
-        raise Stop(f"ROOTDIR {root}: {wrong}. The layout is", WRONG_CALL, LAYOUT)
+def check_studies(series: List[Series]) -> None:
+    """Raises Trouble if a session holds two studies: XNAT would make two sessions of it."""
+    studies: Dict[str, str] = {}
+    for each in series:
+        for image in each.images:
+            studies.setdefault(image.study, f"{each.name} ({image.name}) is of study "
+                               f"{image.study or 'none'}")
+    if len(studies) > 1:
+        raise Trouble(f"two studies in one session folder: {'; '.join(studies.values())}",
+                      "move the series or files of one study to a session folder of their own, "
+                      "then run again")
 
 
-SERIES_INSTANCE = re.compile(rb"\x20\x00\x0e\x00(?:UI..|.{4})([0-9.]+)", re.DOTALL)
+def is_packed(path: str) -> bool:
+    """Whether an archive or compressed file holds DICOM, by its first members' first bytes."""
+    with suppress(Exception):  # whatever a foreign archive makes Python's readers raise
+        return any(header_of(head, len(head)).kind in ("DICOM", "damaged")
+                   for head in itertools.islice(heads_in(path), 20))
+    return False
 
 
-def holds_several(series: Series) -> bool:
-    """Whether the folders in a series folder hold different series, as a session's do."""
-    firsts = {name.partition("/")[0]: name for name, _, _ in series.listing()}
-    found = {SERIES_INSTANCE.search(first_bytes(os.path.join(series.folder, name), 65536))
-             for name in list(firsts.values())[:8]}
-    return len({each[1] for each in found if each}) > 1
+def heads_in(path: str) -> Iterator[bytes]:
+    """The first bytes of what an archive or compressed file holds."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    for sign, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zX", lzma.open)):
+        if magic.startswith(sign):
+            with opener(path) as stream:
+                yield stream.read(READS[0])
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as stream:
+                    yield stream.read(READS[0])
+    elif tarfile.is_tarfile(path):
+        with tarfile.open(path) as tar:
+            for content in filter(None, (tar.extractfile(each) for each in tar if each.isfile())):
+                yield content.read(READS[0])
+
+
+# Before the first session: a level too high, and files beside the folders
+
+
+def looks_too_high(tree: Tree, settings: Settings) -> str:
+    """A series folder whose subfolders hold different series, if that is so in most of a sample."""
+    deep, flat = [], 0
+    for path in (f"{session.path}/{name}" for session in tree.sample
+                 for name in session.series[:SAMPLE]):
+        folder, uids = os.path.join(settings.rootdir, path), set()
+        with suppress(OSError):
+            for below in folders_in(folder, [], [])[:SAMPLE]:
+                # XNAT's own download is meant so: scans/5-T1/resources/DICOM/files/
+                if not os.path.isdir(os.path.join(folder, below, "resources")):
+                    uids.add(first_series(os.path.join(folder, below)))
+        deep += [folder] if len(uids - {""}) > 1 else []
+        flat += len(uids - {""}) < 2
+    return deep[0] if len(deep) > flat else ""
+
+
+def first_series(folder: str) -> str:
+    """The Series UID of a DICOM file below a folder, among the first that are found there."""
+    for path in itertools.islice((os.path.join(path, name) for path, _, names in os.walk(folder)
+                                  for name in sorted(names) if not is_no_data(name)), 20):
+        with suppress(OSError):
+            uid = read_header(path, os.path.getsize(path)).series
+            if uid:
+                return uid
+    return ""
+
+
+def look_at_strays(tree: Tree) -> Iterator[Tuple[str, Trouble]]:
+    """What is wrong with files that lie where folders belong: images there would be lost."""
+    found: Dict[Tuple[str, str], List[str]] = defaultdict(list)
+    for path in tree.strays:
+        with suppress(OSError):
+            if os.path.isfile(path):
+                kind = read_header(path, os.path.getsize(path)).kind
+                kind = "packed" if kind == "other" and is_packed(path) else kind
+                found[os.path.dirname(path), kind].append(os.path.basename(path))
+    for (folder, kind), names in found.items():
+        if kind in ("DICOM", "damaged", "packed"):
+            yield folder, Trouble(f"{plural(len(names), f'{kind} file')} where folders belong "
+                                  f"({some(names)})", ("unpack into" if kind == "packed" else
+                                  "put into") + " a series folder, then run again")
+
+
+# One file's header
+
+
+class Header(NamedTuple):
+    """What the first bytes of a file say of it."""
+    kind: str          # "DICOM", "damaged", "blank", "packed", "other", or "more" has to be read
+    sop: str = ""      # SOP Instance UID
+    study: str = ""    # Study Instance UID
+    series: str = ""   # Series Instance UID
+    why: str = ""      # what is damaged or blank: it follows the name of the file in a sentence
+
+
+Found = Union[Header, OSError]
+
+SOP_CLASS, SOP, STUDY, SERIES = UIDS = (0x00080016, 0x00080018, 0x0020000D, 0x0020000E)
+PIXELS = 0x7FE00008  # as floats; 0009 are doubles, 0010 integers
+SEQUENCE_END, UNDEFINED = 0xFFFEE0DD, 0xFFFFFFFF
+SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # 4 bytes of length, at 8
+DEFLATED, DICOMDIR = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.3.10"
+UNPACK = {order: struct.Struct(order + "HH2sH").unpack_from for order in "<>"}
+READS = (8192, 1 << 17, 1 << 22, 1 << 26)  # bytes in all; the first is enough for nearly all files
+CUT = "ends within its header"
+BLANK = ((b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer"),
+         (b"/annex/objects/", "is a git-annex pointer"),
+         (b"<!doctype", "is a web page"), (b"<html", "is a web page"), (b"<?xml", "is XML"))
+
+
+def read_header(path: str, size: int) -> Header:
+    """What a file of `size` bytes is, and whose, by its bytes. Raises OSError if unreadable."""
+    data = b""
+    with open(path, "rb", buffering=0) as file:
+        for most in READS:
+            data += file.read(most - len(data))
+            header = header_of(data, max(size, len(data)))
+            if header.kind != "more":
+                return header
+    return Header("damaged", why="has a header without end")
+
+
+def header_of(data: bytes, size: int) -> Header:
+    """The same by the first bytes of the file, which may be any. Old exports may lack `DICM`."""
+    if not data:
+        return Header("blank", why="is empty")
+    if not data.strip(data[:1]):
+        byte = f"0x{data[0]:02X}" if data[0] else "zeros"
+        return Header("blank", why=f"{'begins with' if size > len(data) else 'holds'} only {byte}")
+    at = 132 if data[128:132] == b"DICM" or (bytes(128) + b"DICM").startswith(data) else 0
+    if at or begins_bare(data, size):
+        return read_data_set(data, at, size)
+    begin = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # without a byte order mark
+    why = next((why for mark, why in BLANK if begin.startswith(mark)), "")
+    return Header("blank" if why else "other", why=why)
+
+
+def begins_bare(data: bytes, size: int) -> bool:
+    """Whether three elements in order stand at 0, the first as in data sets. Numbers do not."""
+    first = [each for each in itertools.islice(elements(data, 0, size), 3) if each[2] <= size]
+    tags = [tag for tag, _, _ in first]
+    if len(tags) < 3 or not tags[0] < tags[1] < tags[2] < 0x00300000:
+        return False
+    (group, element), length = divmod(tags[0], 1 << 16), first[0][2] - first[0][1]
+    return group in (2, 8) and element <= 0x90 and (length <= 1024 if element else length == 4)
+
+
+def read_data_set(data: bytes, at: int, size: int) -> Header:
+    """The header of a DICOM file whose first element, of group 0002 or not, is at `at`."""
+    found: Dict[int, bytes] = {}
+    for tag, start, end in elements(data, at, size):
+        if tag >> 16 != 0x0002 or end > size:
+            break
+        found[tag], at = data[start:end].rstrip(b"\0 "), end
+    if found.get(0x00020002) == DICOMDIR:
+        return Header("other")  # an index of other files
+    if found.get(0x00020010) == DEFLATED and at + 12 <= len(data):  # all of group 0002 is there
+        whole, data, at = len(data) == size, data[at:], 0
+        bits = 15 if data[:1] == b"\x78" else -15  # some have a zlib header
+        try:
+            data = zlib.decompressobj(bits).decompress(data, READS[-1])
+        except zlib.error:
+            return Header("damaged", why="cannot be inflated")
+        size = len(data) if whole and len(data) < READS[-1] else 1 << 62
+    last, why = 0, ""
+    for tag, start, end in elements(data, at, size):
+        if end > size and tag >= last:
+            why = "ends within its pixels" if tag >= PIXELS else CUT
+        elif not tag and not last:
+            why = "holds zeros where its header should go on"
+        uid = tag <= SERIES and tag in UIDS
+        if why or tag <= last or uid and end > len(data):
+            break
+        if uid:
+            found[tag] = data[start:end].partition(b"\\")[0].strip(b"\0 ")
+        if tag >= SERIES:  # from here on tags ascend, or are not understood; pixels are the last
+            last = tag if tag < PIXELS or end == start else 1 << 32
+    if not why and not last and len(data) < size:
+        return Header("more")
+    sop_class, sop, study, series = (found.get(tag, b"").decode("latin-1") for tag in UIDS)
+    if not why and not (sop_class and sop):
+        why = f"has no SOP {'Instance' if sop_class else 'Class'} UID"
+    return Header("damaged" if why else "DICOM", sop, study, series, why)
+
+
+def elements(data: bytes, at: int, size: int) -> Iterator[Tuple[int, int, int]]:
+    """Tag, start and end of the value of each element, not of those in sequences. An undefined
+    length counts as 0. In a cut file the last end is behind it; the tag is 0 if that is cut."""
+    first, whole, outer = data[at:at + 6], len(data) == size, 0
+    # The first element knows the encoding better than the transfer syntax, which some get wrong.
+    order = ">" if first[:1] == b"\0" and first[1:2] > b"\0" else "<"  # a group below 0100
+    inside = [(order, first[4:].isalpha() and first[4:].isupper())]  # and sequences that are open
+    data += bytes(4) if whole else b""  # the last element may have 8 bytes
+    last, (order, explicit) = len(data) - 12, inside[0]
+    while at <= last:
+        group, element, vr, length = UNPACK[order](data, at)
+        tag, start = group << 16 | element, at + 8
+        if vr in SHORT and explicit and group != 0xFFFE:  # most are, and this must be quick
+            pass
+        elif not explicit or group == 0xFFFE or not (vr.isalpha() and vr.isupper()):
+            (length,) = struct.unpack_from(order + "I", data, at + 4)  # some mix explicit and not
+        elif vr in LONG or not length:
+            start = at + 12
+            (length,) = struct.unpack_from(order + "I", data, at + 8)
+        at = start + (length if length != UNDEFINED else 0)
+        if group != 0xFFFE and len(inside) == 1:
+            outer = tag
+            yield tag, start, at
+        if length == UNDEFINED and group != 0xFFFE:  # an UN is implicit inside, little-endian
+            inside.append(("<", False) if vr == b"UN" else inside[-1])
+        elif tag == SEQUENCE_END and len(inside) > 1:
+            inside.pop()
+        else:
+            continue
+        order, explicit = inside[-1]
+    if at > size or whole and (at < size or len(inside) > 1 and outer < SERIES):
+        yield outer if len(inside) > 1 else 0, at, size + 1
 
 
 # ---- packing -------------------------------------------------------------------------------
@@ -551,11 +891,13 @@ class Programs:
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
+        self.reason: Optional[BaseException] = None  # why a thread stopped the run
         self._lock = threading.Lock()
         self._running: Dict[int, subprocess.Popen[bytes]] = {}
         # zip takes options from two of these, and no program needs the password.
         hidden = ("ZIPOPT", "ZIP", "XNAT_PASS")
-        self._environment = {key: os.environ[key] for key in os.environ if key not in hidden}
+        self._environment = {os.fsencode(key): os.fsencode(os.environ[key])
+                             for key in os.environ if key not in hidden}
         self._guard = self._start(["sh", "-c", self.GUARD], "/")
 
     def _start(self, command: List[str], folder: str) -> subprocess.Popen[bytes]:
@@ -568,15 +910,15 @@ class Programs:
             watch: Callable[[bytes], None] = lambda _: None) -> subprocess.CompletedProcess[bytes]:
         """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble.
 
-        Four times a second `watch` gets what it has said on its error output so far.
+        `watch` gets the end of what it has said on its error output so far, as it speaks.
         """
         with self._lock:
             if self.stopping.is_set():
-                raise Stop("stopping")
+                raise Stopping("stopping")
             try:
                 process = self._start(command, folder)
             except OSError as error:
-                raise Trouble(f"{command[0]} cannot be started in {folder} ({error.strerror}): "
+                raise Trouble(f"{command[0]} cannot be started in {folder} ({error.strerror})",
                               "check both, then run again")
             self._running[process.pid] = process
             self._tell_guard()
@@ -589,27 +931,50 @@ class Programs:
                 del self._running[process.pid]
                 self._tell_guard()
         if self.stopping.is_set() and process.returncode < 0:
-            raise Stop("stopping")
+            raise Stopping("stopping")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     @staticmethod
     def _talk(process: subprocess.Popen[bytes], given: bytes,
               watch: Callable[[bytes], None]) -> Tuple[bytes, bytes]:
-        # Not by communicate(): after a timeout it never writes the rest (python/cpython#141473).
-        # zip and curl read all of it before they say much.
-        with suppress(BrokenPipeError), process.stdin as into:  # type: ignore[union-attr]
+        assert process.stdin and process.stdout and process.stderr
+        # zip and curl read all of their input before they say much.
+        with suppress(BrokenPipeError), process.stdin as into:
             into.write(given)
-        process.stdin = None
-        while True:
-            try:
-                return process.communicate(timeout=0.25)
-            except subprocess.TimeoutExpired as so_far:
-                watch(so_far.stderr or b"")
+        out, err = bytearray(), bytearray()
+        with process.stdout, process.stderr, selectors.DefaultSelector() as waiting:
+            waiting.register(process.stdout, selectors.EVENT_READ, out)
+            waiting.register(process.stderr, selectors.EVENT_READ, err)
+            while waiting.get_map():
+                for key, _ in waiting.select():
+                    piece = os.read(key.fd, 1 << 16)
+                    key.data.extend(piece)
+                    if not piece:
+                        waiting.unregister(key.fileobj)
+                del err[:-10000]  # hours of curl's progress
+                watch(bytes(err[-200:]))
+        process.wait()
+        return bytes(out), bytes(err)
 
     def _tell_guard(self) -> None:
         with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
             os.write(self._guard.stdin.fileno(),  # type: ignore[union-attr]
                      " ".join(map(str, self._running)).encode() + b"\n")
+
+    def guarded(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Work in a thread of its own: what stops it stops the run, at once."""
+        try:
+            return work(*given)
+        except BaseException as end:
+            if not isinstance(end, Stopping):
+                self.reason = self.reason or end
+            self.stop()
+            raise
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the run is being stopped."""
+        if self.stopping.wait(seconds):
+            raise Stopping("stopping")
 
     def stop(self) -> None:
         """End everything that runs, and start nothing more."""
@@ -632,6 +997,7 @@ class Workdir:
         """Raises Stop(3) if it cannot be made, or another run holds it."""
         self.path = os.path.abspath(path)
         self.zips = os.path.join(self.path, "dicomUpload.zips")
+        self.advice = ""  # what its user should know
         self._numbers = itertools.count(1)
         self._room = threading.Condition()
         self._promised = 0
@@ -639,15 +1005,33 @@ class Workdir:
             os.makedirs(self.path, exist_ok=True)
             self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):  # a full disk is told by those who need its room
+                os.ftruncate(self._lock.fileno(), 0)
+                os.write(self._lock.fileno(), f"process {os.getpid()} on {os.uname().nodename} "
+                         f"since {now()[:16]}".encode())
         except BlockingIOError:
-            raise Stop(f"workdir {path}: in use by another run: wait until it ends")
+            with open(self._lock.name, encoding="utf-8") as lock:
+                raise Stop(f"workdir {path}: in use by another run ({lock.read(300)}): wait until "
+                           "it ends")
         except OSError as error:
-            # A share without locks will do, if nobody else can touch these zips.
-            self.zips += f"-{os.uname().nodename}-{os.getpid()}"
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another")
+            self._do_without_lock()
         shutil.rmtree(self.zips, ignore_errors=True)  # left by an earlier run that was killed
         os.makedirs(self.zips, exist_ok=True)
+
+    def _do_without_lock(self) -> None:
+        """A share without locks will do, if nobody else can touch these zips."""
+        self.advice = (f"workdir {self.path}: its file system knows no locks, so two runs are not "
+                       "kept apart: see that no other run uses it")
+        here = f"{self.zips}-{os.uname().nodename}-"
+        for left in glob.glob(glob.escape(here) + "[0-9]*"):
+            with suppress(PermissionError):  # else that run of this machine is alive
+                try:
+                    os.kill(int(left[len(here):]), 0)
+                except (ProcessLookupError, ValueError):
+                    shutil.rmtree(left, ignore_errors=True)
+        self.zips = f"{here}{os.getpid()}"
 
     def close(self) -> None:
         shutil.rmtree(self.zips, ignore_errors=True)
@@ -659,14 +1043,14 @@ class Workdir:
 
         Waits while other zips are in the way; raises Trouble if it would not fit even alone.
         """
-        need = zip_room(sum(length for _, length, _ in files), len(files))
+        need = zip_room(files)
         with self._room:
             while shutil.disk_usage(self.zips).free - self._promised < need:
                 if not self._promised:
                     free = size(shutil.disk_usage(self.zips).free)
                     raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
-                                  f"{free}): make room, lower --max-files, or move all of it, "
-                                  "ledger too, to a larger disk")
+                                  f"{free})", "make room, lower --max-files, or choose another "
+                                  "--workdir")
                 self._room.wait()
             self._promised += need
         target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
@@ -682,119 +1066,188 @@ class Workdir:
                 self._room.notify_all()
 
 
-def zip_room(total: int, files: int) -> int:
-    """Bytes that a zip of so many bytes in so many files never exceeds."""
-    return total + 1024 * files + 65536
+def zip_room(files: List[File]) -> int:
+    """Bytes that a zip of these files never exceeds."""
+    return sum(file.bytes for file in files) + 1024 * len(files) + 65536
 
 
-def pack(series: Series, files: List[File], target: str, level: int, programs: Programs) -> None:
-    """Zip `files` of a series into `target`. Raises Trouble unless it holds exactly them."""
-    for name, length, time_ns in files:
+def pack(folder: str, files: List[File], target: str, level: int, programs: Programs) -> None:
+    """Zip `files` of a folder into `target`. Raises Trouble unless it holds exactly them."""
+    for file in files:
         try:
-            info = os.stat(os.path.join(series.folder, name))
+            info = os.stat(os.path.join(folder, file.name))
         except OSError as error:
-            raise Trouble(f"{name} {unreadable(error)}")
-        if (info.st_size, info.st_mtime_ns) != (length, time_ns):
-            raise Trouble(f"{name} changed during this run: run again when it is still")
+            raise unreadable(file.name, error)
+        if info.st_size != file.bytes or info.st_mtime_ns != file.time_ns and read_header(
+                os.path.join(folder, file.name), file.bytes)[1:4] != (
+                file.sop, file.study, file.series):  # times alone are no change
+            raise Trouble(f"{file.name} changed during this run", "run again when it is still")
     # -q quiet; -X no owners and times; -D no folder entries; -@ names, a line each, as input. `./`
     # keeps a name with - from being taken for an option. zip makes the file itself (one that is
     # there would be updated); written to a pipe, Java would refuse it (data descriptors).
-    names = b"".join(b"./" + os.fsencode(name) + b"\n" for name, _, _ in files)
-    done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, series.folder)
+    names = b"".join(b"./" + os.fsencode(file.name) + b"\n" for file in files)
+    done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, folder)
     if done.returncode not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
         text = " ".join((done.stdout + done.stderr).decode("utf-8", "replace").split())
-        room = "make room in the workdir" if done.returncode == 14 else "run again"
-        raise Trouble(f"zip failed (exit {done.returncode}{', ' + text if text else ''}): {room}")
+        raise Trouble(f"zip failed (exit {done.returncode}{', ' + text if text else ''})",
+                      "make room in the workdir" if done.returncode == 14 else "run again")
     check_zip(target, files)
 
 
 def check_zip(target: str, files: List[File]) -> None:
-    """Raises Trouble unless the zip holds these files in full and nothing else.
+    """Take over each file's CRC-32. Raises Trouble unless the zip holds these in full and no more.
 
-    zip's exit 0 is no proof: a file that shrank or vanished while it read gives 0 (tools.md).
+    zip's exit 0 is no proof: a file that shrank or vanished while it was read gives 0.
     """
-    wanted = Counter((os.fsencode(name), length) for name, length, _ in files)
-    packed: Counter[Tuple[bytes, int]] = Counter()
+    wanted = {(os.fsencode(file.name), file.bytes): file for file in files}
     try:
         with suppress(FileNotFoundError), zipfile.ZipFile(target) as archive:
             for entry in archive.infolist():
                 # The bytes as they stand in the zip: Python decodes those without flag as cp437.
                 coding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
-                packed[entry.orig_filename.encode(coding), entry.file_size] += 1
+                name = entry.orig_filename.encode(coding)
+                file = wanted.pop((name, entry.file_size), None)
+                if not file:
+                    raise cut_short(os.fsdecode(name))
+                file.crc = entry.CRC
     except (OSError, zipfile.BadZipFile) as error:
-        raise Trouble(f"zip made no readable archive ({error}): run again")
-    for name, _ in (wanted - packed) or (packed - wanted):
-        raise Trouble(f"{os.fsdecode(name)} could not be read in full, or changed while it was "
-                      "read: check it, then run again")
+        raise Trouble(f"zip made no readable archive ({error})", "run again")
+    for file in wanted.values():
+        raise cut_short(file.name)
 
 
-# ---- sending -------------------------------------------------------------------------------
+def cut_short(name: str) -> Trouble:
+    return Trouble(f"{name} could not be read in full, or changed while it was read",
+                   "check it, then run again")
 
 
-CURL_TROUBLE = {
-    5: "the proxy's name cannot be found: check the proxy settings",
-    6: "the server's name cannot be found: check URL and network",
-    7: "nothing answers there: check URL, network, and whether XNAT is up",
-    28: "the connection went silent: check the network, and see --timeout",
-    35: "no encrypted connection comes about: check https or http, and the port",
-    52: "the server closed the connection without an answer: run again later",
-    55: "the connection broke while sending: run again later",
-    56: "the connection broke: run again later",
-    60: "the server's certificate is not trusted: give your site's CA with --cacert FILE",
-    77: "the CA file cannot be read: check --cacert",
-}
-# What else exit 60 may mean, by curl's own words: no other CA would help.
-CERTIFICATES = (
-    ("expired", "the server's certificate has expired: ask the XNAT admin to renew it"),
-    ("not yet valid", "the server's certificate is not valid yet: check this machine's clock"),
-    ("subject name", "the server's certificate is for another name: give the URL by that name"),
-)
-# Exit statuses of curl that waiting may heal: connections that failed, broke or went silent.
-CONNECTION_TROUBLE = frozenset((5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92, 95, 96))
-BUSY_STATUS = frozenset((408, 429, 502, 503, 504))
-# 400s that waiting heals, by their words (xnat.md 5 and 10).
-BUSY_WORDS = re.compile(
-    "concurrent file sends|session processing in progress|concurrent modification is discouraged"
-    "|duplicate archive attempt|destination session in use", re.IGNORECASE)
-BUILD_INFO = "/xapi/siteConfig/buildInfo"
-ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
-# What to do about a refusal, by XNAT's own words (xnat.md 3, 6.2).
-REMEDIES = (
-    ("unable to read dicom|contains no sop",
-     "copy that file again from its source, or move it out if it is no image, then run again"),
-    ("matching files|same resources",
-     "XNAT has some of these images: if another workdir sent them, run with that one; if they are "
-     "newer here, --overwrite-files replaces XNAT's"),
-    ("another subject|session subject", "the label belongs to another subject: rename the folder"),
-    ("session uid|same uid", "XNAT has another study under this label: rename the folder"),
-    ("http 413", "lower --max-files, or ask the admin to raise client_max_body_size"),
-    ("http 504", "lower --max-files, or ask the admin to raise proxy_read_timeout"),
-    ("http 403", "ask the project's owner for the right to edit"),
-    ("http 5", "run again later; if it stays, ask the XNAT admin"),
-    ("", "look at the session in XNAT's prearchive"),
-)
+class Level:
+    """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
+    run has measured. While zips wait for the line, packing is behind them and costs nothing."""
+
+    NEWEST = 0.3  # weight of the newest part: a line that changes is followed within a few
+
+    def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.fixed = fixed
+        self.used: Counter[int] = Counter()  # parts by level
+        self._sums: Dict[str, List[float]] = {}  # seconds or bytes, of so many bytes
+        self._ahead = 0  # bytes of zips that are not answered yet
+        self._going: Counter[str] = Counter()  # zips and POSTs at work
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    def choose(self, count: int) -> int:
+        """The level for a part of so many bytes."""
+        with self._lock:
+            level = self._sooner(count) if self.fixed == AUTO else self.fixed
+            self.used[level] += 1
+            return level
+
+    def _sooner(self, count: int) -> int:
+        posting = self._mean("posting", 0.0)
+        if not posting:  # the first one leaves at once; for the others smaller is the safer guess
+            return min(1, self.used[0])
+        wait = self._ahead * posting
+        shared = count * (1 + self._going["packing"])
+        quick = self._mean("packing 0", self._mean("packing 1", 0.0) / 10)
+        slow = shared * self._mean("packing 1", quick * 10)
+        stored = max(wait, shared * quick) + posting * count
+        zipped = max(wait, slow) + posting * count * self._mean("zipped 1", 0.5)
+        look = sum(self.used.values()) % 8 == 0 and slow < wait  # for nothing: do they shrink now?
+        return int(zipped < 0.999 * stored or look)
+
+    def _mean(self, what: str, unknown: float) -> float:
+        value, count = self._sums.get(what, (unknown, 1.0))
+        return value / count
+
+    def _learn(self, what: str, value: float, count: int) -> None:
+        self._sums[what] = [(1.0 - self.NEWEST) * old + new for old, new in zip(
+            self._sums.get(what, (0.0, 0.0)), (value, max(1, count)))]
+
+    @contextmanager
+    def waits(self, level: int, count: int, made: int) -> Iterator[None]:
+        """A zip that was made of `count` bytes is here until it is sent."""
+        with self._lock:
+            self._ahead += made
+            self._learn(f"zipped {level}", made, count)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ahead -= made
+
+    @contextmanager
+    def timed(self, kind: str, level: str, count: int) -> Iterator[None]:
+        """Learn how long this takes. What goes on side by side shares the time."""
+        with self._lock:
+            self._going[kind] += 1
+            going, began = self._going[kind], self._clock()
+        try:
+            yield
+            with self._lock:
+                seconds = (self._clock() - began) / ((going + self._going[kind]) / 2)
+                self._learn(f"{kind} {level}".strip(), seconds, count)
+        finally:
+            with self._lock:
+                self._going[kind] -= 1
 
 
-Row = Dict[str, str]
+# ---- curl ----------------------------------------------------------------------------------
 
 
-class Xnat:
-    """A server, one login and one project on it, through curl."""
+@dataclass(frozen=True)
+class Answer:
+    """What came back from one curl: `code` is its exit status, `status` the server's."""
+
+    code: int
+    status: int
+    body: str
+    error: str = ""
+    location: str = ""
+    retry_after: float = 0.0
+    cookie: str = field(default="", repr=False)
+
+    @property
+    def is_html(self) -> bool:
+        return bool(re.match(r"\s*<(!doctype|html|!--)", self.body, re.IGNORECASE))
+
+    @property
+    def evidence(self) -> str:
+        """curl's exit status and words, or the HTTP status and the server's own sentence."""
+        words = ((f"curl exit {self.code}", self.error) if self.code else
+                 (f"HTTP {self.status}", sentence(self.body)))
+        return ", ".join(filter(None, words))
+
+    def json(self) -> Any:
+        """The body as JSON, None if it is none."""
+        with suppress(ValueError, RecursionError):
+            return json.loads(self.body) if self.status == 200 else None
+
+
+# What stands in error pages beside the reason: headings, and the names of the statuses.
+NO_REASON = re.compile(r"Status page\b|You can get technical details|Please continue your visit|"
+                       "[A-Z][a-z]+( [A-Z][a-z]+){0,2}$")
+
+
+def sentence(body: str) -> str:
+    """The reason in an error page: XNAT's stands in <h3>, in newer ones in a <p>."""
+    text = re.sub(r"(?is)<(script|style)\b.*?</\1>", " ", body[:20_000])
+    found = [each for tag in ("h3", "p", "title", "h[1-6]")
+             for each in re.findall(f"(?is)<{tag}[^>]*>(.*?)</{tag}>", text)] or [text]
+    words = [" ".join(html.unescape(re.sub("<[^>]*>", " ", each)).split()) for each in found]
+    words = [each for each in words if not NO_REASON.match(each)] + words
+    return next((each[:300] for each in words if each), "")
+
+
+class Curl:
+    """Requests to one server with one login, each through one curl."""
 
     def __init__(self, settings: Settings, programs: Programs, teller: Teller) -> None:
         self.settings = settings
         self.programs = programs
         self.teller = teller
-        self.project = settings.project
-        self.project_path = f"/data/projects/{quote(settings.project, safe='')}"
-        self.version = ""
-        self.replaces = settings.overwrite_files  # whether XNAT replaces files it has
-        self.subjects: Dict[str, str] = {}  # labels as XNAT has them, by those in lower case
-        self.archived: Optional[Set[str]] = None  # labels in the project's archive
-        self._cookie = ""
+        self.cookie = ""
         self._numbers = itertools.count(1)
-
-    # One request
 
     def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
             seconds: int = 0, moved: Callable[[float], None] = lambda _: None) -> Answer:
@@ -820,26 +1273,20 @@ class Xnat:
         options += ["--max-time", str(seconds)] if seconds else []
 
         def watch(said: bytes) -> None:
-            percent = re.findall(rb"(\d+\.\d)%", said[-200:])
+            percent = re.findall(rb"(\d+\.\d)%", said)
             moved(min(0.99, float(percent[-1]) / 100) if percent else 0.0)
 
-        return self._curl([url], options, folder, watch)[0]
+        return self._run([url], options, folder, watch)[0]
 
-    def ask_once(self, *paths: str) -> List[Any]:
-        """The JSON at each of `paths`, all over one connection; None where it did not come."""
-        urls = [f"{self.settings.url}{path}?format=json" for path in paths]
-        found: List[Any] = []
-        for answer in self._curl(urls, ["--silent", "--show-error", "--max-time", "60"]):
-            try:
-                found.append(json.loads(answer.body) if answer.status == 200 else None)
-            except (ValueError, RecursionError):
-                found.append(None)
-        return found
+    def ask_once(self, *paths: str) -> List[Answer]:
+        """The answer at each of `paths`, all over one connection, each tried once."""
+        return self._run([self.settings.url + path for path in paths],
+                         ["--silent", "--show-error", "--fail-early", "--max-time", "300"])
 
-    def _curl(self, urls: List[str], options: List[str], folder: str = "/",
-              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
+    def _run(self, urls: List[str], options: List[str], folder: str = "/",
+             watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
         """An answer from each URL, in their order."""
-        settings, mark = self.settings, os.urandom(8).hex()
+        settings, mark, number = self.settings, os.urandom(8).hex(), next(self._numbers)
         # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
         # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
         # --include: the headers come with the body. Never --fail (it hides the answer), never
@@ -850,387 +1297,81 @@ class Xnat:
         command += ["--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
                     "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
         command += ["--cacert", settings.cacert] if settings.cacert else []
-        command += ["--insecure"] if settings.insecure else []
-        command += options
+        command += (["--insecure"] if settings.insecure else []) + options
         # The URL goes in there too: a curl whose parent dies before it is fed does nothing.
-        secrets = "".join(f'url = "{quoted(url)}"\n' for url in urls)
-        secrets += f'user = "{quoted(settings.user)}:{quoted(settings.password)}"\n'
-        if self._cookie:  # with both, a server session that expired heals itself (xnat.md 7)
-            secrets += f'cookie = "JSESSIONID={self._cookie}"\n'
-        number = next(self._numbers)
+        secrets = [("url", url) for url in urls]
+        secrets += [("user", f"{settings.user}:{settings.password}")]
+        if self.cookie:  # with both, a server session that expired heals itself
+            secrets += [("cookie", f"JSESSIONID={self.cookie}")]
+        given = "".join(f'{key} = "{quoted(value)}"\n' for key, value in secrets)
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
-        done = self.programs.run(command, os.fsencode(secrets), folder, watch)
+        done = self.programs.run(command, os.fsencode(given), folder, watch)
         answers = read_answers(done, mark, len(urls))
         for url, answer in zip(urls, answers):
-            self._cookie = answer.cookie or self._cookie
+            self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
             body = " ".join(answer.body.split())[:500]
             body = "" if "JSESSION" in url + body else body  # that is a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
                             f"{answer.status} {body}")
         return answers
 
-    def ask_until(self, about: str, request: Callable[[], Answer],
-                  judge: Callable[[Answer], Verdict]) -> Tuple[Answer, Verdict, int]:
-        """Repeat a request while its answer may heal; the last answer, its verdict, the tries.
+    def ask_until(self, about: str, request: Callable[[], Answer], files: int = 0
+                  ) -> Tuple[Answer, Meaning, int]:
+        """Repeat a request while its answer may heal; the last answer, its meaning, the tries.
 
-        Raises Stop where no other request could fare better: login refused, server gone.
+        `files` is what XNAT may still be importing after an answer that was lost. Raises Stop
+        where no other request could fare better: login refused, server gone.
         """
-        retries = self.settings.retries
-        for tries in range(1, retries + 2):
+        for tries in itertools.count(1):
             answer = request()
-            verdict = judge(answer)
-            if verdict.stop:
-                raise Stop(verdict.message)
-            if verdict.wait is None or tries > retries:
+            meaning = meaning_of(answer)
+            self.check_login(answer)
+            if not meaning.heals or tries > self.settings.retries:
                 break
-            self.wait_to_heal(about, verdict, tries)
-        if verdict.gone and not self.is_there():
-            raise Stop(f"{self.settings.url}: the server is gone ({verdict.message}): run again "
-                       "later, it goes on where it stopped")
-        return answer, verdict, tries
+            self.wait_to_heal(about, answer, meaning, tries, files)
+        if meaning.gone and meaning_of(self.ask(
+                "GET", BUILD_INFO, seconds=min(30, self.settings.timeout))).gone:
+            gone, to_do = "the server is gone", "run again later, it goes on where it stopped"
+            if not self.cookie:  # it was never there: maybe it is somewhere else
+                gone, to_do = "the server does not answer", meaning.to_do
+            raise Stop(f"{self.settings.url}: {gone} ({meaning.means}, {answer.evidence}): {to_do}")
+        return answer, meaning, tries
 
-    def wait_to_heal(self, about: str, verdict: Verdict, tries: int) -> None:
+    def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
+                     ) -> None:
         """Announce a wait that grows with the tries, and wait."""
-        # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes.
-        pause = max(verdict.wait or 0.0, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
-        self.teller.say(f"{about}: {verdict.message}; trying again in {pause:.0f} s "
-                        f"({tries} of {self.settings.retries})")
-        self.pause(pause)
+        # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes. After silence and
+        # a proxy's 504 the first import may go on: XNAT needs 46 to 75 ms a file.
+        least = 0.15 * files if meaning.goes_on else answer.retry_after
+        pause = max(least, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
+        self.teller.say(f"{about}: {meaning.means} ({answer.evidence}); trying again in "
+                        f"{pause:.0f} s ({tries} of {self.settings.retries})")
+        self.programs.pause(pause)
 
-    def pause(self, seconds: float) -> None:
-        """Wait, unless the run is being stopped."""
-        if self.programs.stopping.wait(seconds):
-            raise Stop("stopping")
-
-    def is_there(self) -> bool:
-        """Whether anything that could be a working XNAT answers."""
-        answer = self.ask("GET", BUILD_INFO, seconds=min(30, self.settings.timeout))
-        return answer.code == 0 and answer.status not in BUSY_STATUS
+    def check_login(self, answer: Answer) -> None:
+        """Raises Stop if an answer says that we are not let in any more."""
+        page = answer.status == 200 and answer.is_html and "login" in answer.body.lower()
+        archived = answer.status == 301 and "/data/archive/" in answer.body  # what a commit says
+        if answer.status == 401 or page or 300 <= answer.status < 400 and not archived:
+            raise Stop(refusal(self.settings, answer))
 
     def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
         """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
         query = dict(query or {}, format="json")
-        answer, verdict, _ = self.ask_until(
-            path, lambda: self.ask("GET", path, query), self.judge)
-        if answer.status == 404:
-            return None
-        try:
-            return json.loads(answer.body if answer.status == 200 else "")
-        except (ValueError, RecursionError):
-            raise Trouble(f"{path} cannot be read: {verdict.message or said(answer)}")
+        answer, meaning, _ = self.ask_until(path, lambda: self.ask("GET", path, query))
+        found = answer.json()
+        if found is None and answer.status != 404:
+            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do if
+                          answer.status != 200 else "check that this is XNAT's own address")
+        return found
 
     def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
         """A listing, None if there is none (404). Raises Trouble for other answers."""
         found = self.get(path, query)
         rows = table(found)
         if rows is None and found is not None:
-            raise Trouble(f"{path} is no listing: is this XNAT's own address?")
+            raise Trouble(f"{path} is no listing", "check that this is XNAT's own address")
         return rows
-
-    # The server, once
-
-    def meet(self) -> None:
-        """Log in once and check the project, before any byte. Raises Stop(3) with the reason.
-
-        XNAT itself refuses none of this at import: a wrong project gives 200 and the data goes
-        into another one or to Unassigned (xnat.md 4.3, 7).
-        """
-        answer = self.ask("POST", "/data/JSESSION", seconds=60)
-        if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
-            raise Stop(self.refusal(answer))
-        self._cookie = answer.body.strip()
-        try:
-            self.project = self._find_project()
-        except Trouble as trouble:
-            raise Stop(f"project {self.settings.project}: {trouble}")
-        self.project_path = f"/data/projects/{quote(self.project, safe='')}"
-        # Not every server tells these to every user, and none of them is needed.
-        info, subjects, archived, code = self.ask_once(BUILD_INFO, *(
-            f"{self.project_path}/{what}" for what in ("subjects", "experiments",
-                                                       "prearchive_code")))
-        # Without a version the series of a session go one by one.
-        self.version = str(info.get("version", "")) if isinstance(info, dict) else ""
-        for row in table(subjects) or []:  # found without regard to case (xnat.md 4.4)
-            self.subjects[row.get("label", "").lower()] = row.get("label", "")
-        rows = table(archived)
-        self.archived = None if rows is None else {row.get("label", "") for row in rows}
-        self.replaces |= code == 5
-
-    def _find_project(self) -> str:
-        """The project's own ID (an alias may have been given), if this user may add to it."""
-        wanted, user = self.settings.project, self.settings.user
-        found = self.get(self.project_path)
-        if found is None:
-            raise Stop(f"project {wanted}: not on this XNAT, or {user} cannot see it: check its ID")
-        try:
-            project = str(found["items"][0]["data_fields"]["ID"])
-        except (KeyError, IndexError, TypeError):
-            raise Trouble("the server does not tell its ID: is this XNAT's own address?")
-        query = {"permissions": "edit", "dataType": "xnat:subjectData"}
-        if project not in [row.get("id") for row in self.rows("/data/projects", query) or []]:
-            raise Stop(f"project {wanted}: {user} can see it but not add to it: ask its owner to "
-                       f"make {user} a member")
-        return project
-
-    def takes_side_by_side(self) -> bool:
-        """Whether series of one session may go at the same time: since 1.8.8 (XNAT-7535)."""
-        return [int(number) for number in re.findall(r"[0-9]{1,9}", self.version)[:3]] >= [1, 8, 8]
-
-    def close(self) -> None:
-        """Give the server session back: a user has a limited number of them."""
-        self.ask("DELETE", "/data/JSESSION", seconds=3)
-
-    # What answers mean
-
-    def refusal(self, answer: Answer) -> str:
-        """Why the server does not let us in: one sentence with the remedy."""
-        user, target = self.settings.user, answer.location
-        if answer.code:
-            why = curl_trouble(answer)
-        elif answer.status == 401 or "Login" in target:
-            why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS "
-                   "(20 wrong ones lock the account for an hour; too many open sessions look the "
-                   "same)")
-        elif "UpdateUser" in target:
-            why = f"the password of {user} has expired: set a new one in the browser"
-        elif "InactiveAccount" in target:
-            why = f"the account {user} is not active yet: ask the XNAT admin"
-        elif target.startswith("https:") and self.settings.url.startswith("http:"):
-            site = target[8:].partition("/")[0]
-            path = "".join(self.settings.url[7:].partition("/")[1:])  # XNAT may have one of its own
-            why = f"the server wants https: give https://{site}{path} as URL"
-        elif target:
-            why = f"the server redirects to {target}: give the address that XNAT itself has"
-        elif answer.is_html and answer.status == 200:
-            why = "a web page came instead of an answer (login?): is this XNAT's own address?"
-        else:
-            why = f"unexpected answer ({said(answer)}): is this XNAT's own address?"
-        return f"{self.settings.url}: {why}"
-
-    def judge(self, answer: Answer, files: int = 0) -> Verdict:
-        """What any answer means for trying again; `files` is what XNAT may still be importing."""
-        importing = 0.15 * files  # XNAT needs 46 to 75 ms a file: by then it is surely over
-        if answer.code:
-            heals = answer.code in CONNECTION_TROUBLE or answer.code < 0
-            wait = (importing if answer.code == 28 else 0.0) if heals else None
-            return Verdict(message=curl_trouble(answer), wait=wait, gone=heals)
-        if answer.status == 401 or 300 <= answer.status < 400:
-            return Verdict(message=self.refusal(answer), stop=True)
-        if answer.status in BUSY_STATUS:  # a proxy that gave up (504) does not end the import
-            wait = importing if answer.status == 504 else answer.retry_after
-            return Verdict(message=said(answer), wait=wait, gone=answer.status >= 500)
-        if answer.status == 400 and BUSY_WORDS.search(said(answer)):
-            return Verdict(message=said(answer), wait=importing)
-        if answer.status == 200 and answer.is_html:
-            return Verdict(message=self.refusal(answer), stop="login" in answer.body.lower())
-        return Verdict()
-
-    def judge_part(self, answer: Answer, part: Part) -> Verdict:
-        """What the answer to a part means. Only an address in our project and session is success:
-        XNAT says 200 too when it kept nothing, or put it elsewhere (xnat.md 4.3)."""
-        verdict = self.judge(answer, part.stop - part.start)
-        if verdict.message:
-            return verdict
-        if answer.status != 200:
-            return Verdict(message=f"the server refused it ({said(answer)}): {remedy(answer)}")
-        addresses = sorted(set(answer.body.split()))
-        for address in addresses:
-            found = ADDRESS.search(address)
-            if not found:
-                return Verdict(message=f"no address came back ({address[:200]}): look in the log")
-            if found[1] != self.project:
-                raise Misplaced(f"project {self.project}: XNAT put {part.session.label} "
-                                f"{part.series.name} into project {found[1]} ({address}): do not "
-                                "run again, have it deleted there, and ask the XNAT admin")
-            if found[2] != part.session.label:
-                return Verdict(message=f"XNAT put it into another session ({address}): look there")
-        if len(addresses) > 1:
-            return Verdict(message=two_studies("series", addresses))
-        if not addresses:
-            return Verdict(message="XNAT kept none of these files (empty answer): ask the "
-                           "project's owner about import filters and anonymization scripts")
-        return Verdict(address=addresses[0][addresses[0].index("/data/"):])
-
-    # One part
-
-    def send(self, part: Part, workdir: Workdir, address: str, turn: Turn) -> Outcome:
-        """Pack one part and POST it until it is sent, refused or out of tries (xnat.md 1, 2).
-
-        `address` is where the session's earlier parts lie.
-        """
-        session = part.session
-        query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
-                 "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
-                 "overwrite": "append"}
-        if not self.settings.no_commit:  # else five idle minutes archive half a session (6.1)
-            query["prevent_auto_commit"] = "true"
-        try:
-            if turn.before:
-                turn.before.has_room.wait()
-            files = part.series.listing()[part.start:part.stop]
-            total = sum(length for _, length, _ in files)
-            with workdir.room_for(files) as zipped, self.teller.at_work(
-                    f"{session.label} {part.series.name}", len(files), total) as moved:
-                turn.has_room.set()
-                pack(part.series, files, zipped, self.settings.compression, self.programs)
-                zip_size = os.path.getsize(zipped)
-                if not turn.comes():
-                    return Outcome()  # the one before says why
-                address = turn.before.address if turn.before else address
-                answer, verdict, tries = self.ask_until(
-                    f"{session.label} {part.series.name}",
-                    lambda: self.ask("POST", "/data/services/import", query, zipped, moved=moved),
-                    lambda answer: self.judge_part(answer, part))
-                moved(1.0 if verdict.address else 0.0)
-                turn.address = verdict.address
-                if answer.status in (413, 504):  # a proxy's limits: how big was it?
-                    message = (f"{said(answer)}, for a zip of {size(zip_size)} with "
-                               f"{plural(len(files), 'file')}: {remedy(answer)}")
-                    verdict = replace(verdict, message=message)
-                away = verdict.address and address and verdict.address != address
-                return Outcome(verdict.address, verdict.message, zip_size, tries, answer.status,
-                               bool(away) and not self.settled(address))
-        except (Trouble, OSError) as trouble:
-            return Outcome(message=str(trouble))
-        finally:
-            turn.end()
-
-    # A whole session
-
-    def look(self, session: Session, memory: Memory, to_send: bool) -> Standing:
-        """How the server holds a session before this run does anything to it."""
-        try:
-            # First wait for a commit that an earlier run may have left going, then count.
-            if memory.address and self.settled(memory.address):
-                return Standing("open")
-            path = self._archive_path(session)
-            if memory.address:
-                return self._gone(session, memory)
-            if to_send:
-                there = self.archived is None or session.label in self.archived
-                return Standing("new", files=self.count(path) or 0 if there else 0)
-            if memory.ended == "prearchived" and not self.settled(memory.path):
-                standing = self._verify(session, memory, "archived", path)
-                return standing if not standing.message else Standing(
-                    message="it was left for review, and is neither in the prearchive nor in the "
-                    f"archive any more: {anew(session)}")
-            standing = self._verify(session, memory, memory.ended, memory.path)
-            if standing.message and not standing.files:
-                return Standing(message=f"an earlier run saw it {memory.ended}, and it is not "
-                                f"there any more: {anew(session)}")
-            return standing
-        except (Trouble, OSError) as trouble:
-            return Standing(message=str(trouble))
-
-    def commit(self, session: Session, memory: Memory) -> Standing:
-        """Commit a whole session, and verify it by the server's own count (xnat.md 6.2, 8)."""
-        with self.teller.at_work(f"archiving {session.label}"):
-            return self._commit(session, memory)
-
-    def _commit(self, session: Session, memory: Memory) -> Standing:
-        address, query = memory.address, {"action": "commit"}
-        if self.settings.overwrite_files:
-            query["overwrite_files"] = "true"
-        try:
-            for tries in itertools.count(1):
-                answer = self.ask("POST", address, query)
-                found = re.search(r"/data/archive(/projects/\S+)", answer.body)
-                if answer.status == 301 and found:  # the subject's label may differ in case
-                    return self._verify(session, memory, "archived", "/data" + found[1])
-                if answer.status == 200 and "/data/prearchive/" in answer.body:
-                    return self._verify(session, memory, "prearchived", address)
-                verdict = Verdict() if answer.status == 301 else self.judge(answer)
-                if verdict.stop:
-                    raise Stop(verdict.message)
-                # Refused, or the answer was lost on the way while XNAT went on: look.
-                status = self.settled(address)
-                if not status:
-                    standing = self._gone(session, memory)
-                    return standing if standing.where != "lost" else Standing(
-                        message="it is gone from the prearchive, and XNAT's archive does not have "
-                        "it: run again to send it again")
-                lost = verdict.wait is not None or answer.status == 409 and "locked" in said(answer)
-                again = lost and status in ("RECEIVING", "READY")
-                if not again or tries > self.settings.retries:
-                    break
-                verdict = replace(verdict, message=said(answer))
-                self.wait_to_heal(f"commit of {session.label}", verdict, tries)
-            if lost:  # XNAT keeps the reason
-                answer = self.ask("GET", address + "/logs/last")
-            return Standing(message=f"XNAT did not archive it ({said(answer)}): {remedy(answer)}")
-        except (Trouble, OSError) as trouble:
-            return Standing(message=str(trouble))
-
-    def _gone(self, session: Session, memory: Memory) -> Standing:
-        """What a session has come to that left the prearchive: by a commit whose answer was lost,
-        by a timer, or by hand."""
-        standing = self._verify(session, memory, "archived", self._archive_path(session))
-        lost = standing.message and standing.files <= memory.before
-        return Standing("lost", files=standing.files) if lost else standing
-
-    def _archive_path(self, session: Session) -> str:
-        subject = self.subjects.get(session.subject_label.lower(), session.subject_label)
-        return f"{self.project_path}/subjects/{subject}/experiments/{session.label}"
-
-    def settled(self, address: str) -> str:
-        """Status of a prearchive session once nothing works on it; '' if it is not there."""
-        for wait in (1.0, 2.0, 5.0, 10.0) + (30.0,) * 60:
-            rows = self.rows(address)
-            status = rows[0].get("status", "") if rows else ""
-            # _BUILDING, ARCHIVING, QUEUED_ARCHIVING, MOVING ...: nobody may touch it (xnat.md 5)
-            if not status.startswith("_") and (not status.endswith("ING") or status == "RECEIVING"):
-                return status
-            if wait == 2.0:
-                self.teller.say(f"{address}: XNAT is at work on it ({status}): waiting")
-            self.pause(wait)
-        raise Trouble(f"XNAT is still at work on it ({address} is {status}): run again later")
-
-    def count(self, path: str) -> Optional[int]:
-        """DICOM files that the server counts in a built session, None if it is not there."""
-        # One request for all scans, where the server knows that way and forgets none.
-        everything = "/resources" if "/prearchive/" in path else "/scans/ALL/resources"
-        scans, rows = map(table, self.ask_once(path + "/scans", path + everything))
-        scans = self.rows(path + "/scans") if scans is None else scans
-        if scans is None:
-            return None
-        names = [scan.get("id", "") for scan in scans]
-        folders = {name: f"{path}/scans/{quote(name, safe='')}/resources" for name in names}
-        if rows is None or not set(folders) <= {row.get("cat_id", "") for row in rows}:
-            rows = [dict(row, cat_id=scan) for scan, folder in folders.items()
-                    for row in self.rows(folder) or []]
-        total = 0
-        for row in rows:
-            scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
-            if scan in folders and label in ("DICOM", "secondary"):
-                if not re.fullmatch("[0-9]{1,9}", count):  # an old catalog without statistics
-                    count = str(len(self.rows(f"{folders[scan]}/{label}/files") or []))
-                total += int(count)
-        return total
-
-    def _verify(self, session: Session, memory: Memory, where: str, path: str) -> Standing:
-        """Compare the server's count with what was sent, and what was there before."""
-        least = memory.files_sent(session, memory.address or memory.path)
-        if where == "archived":
-            # What it replaces does not add to the count; all that was ever sent must be there.
-            added = 0 if self.replaces or not memory.address else least
-            least = max(memory.files_sent(session), memory.before + added)
-        counted = self.count(path) or 0
-        doubles = copies(session) if counted < least else 0
-        if doubles and counted >= least - doubles:
-            self.teller.say(f"{session.label}: {plural(doubles, 'file')} equal in name and image "
-                            "to others of the session: XNAT keeps one of each")
-            least = counted
-        # More can only be what was there before, or an earlier state of the folder.
-        ever = sum(stop - start for parts in memory.sent.values() for _, start, stop, _ in parts)
-        strange = memory.address and not memory.before and ever == least
-        if counted < least or counted > least and strange:
-            return Standing(where, f"{where}, but XNAT counts {counted} files where {least} should "
-                            f"be: compare {path} with the folder (an import filter may drop some, "
-                            "others may have sent some)", counted, least, path)
-        if counted > least:
-            self.teller.say(f"{session.label}: XNAT counts {counted} files, {counted - least} more "
-                            "than the folder: they were there before, or came from elsewhere")
-        return Standing(where, files=counted, path=path)
 
 
 def quoted(text: str) -> str:
@@ -1243,9 +1384,9 @@ def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, count: int
     pieces = re.split(rb"\n(\d{3}) " + mark.encode() + rb"\n", done.stdout)
     pieces = pieces[:-1] or [done.stdout, b"000"]  # curl was killed: no mark, no status
     pairs = list(zip(pieces[::2], pieces[1::2]))[:count]
+    last = len(pairs)  # of those that were tried: the exit status is that of this one
     pairs += [(b"", b"000")] * (count - len(pairs))
-    # The exit status is that of the last one; of the others the HTTP status tells.
-    return [read_answer(out, int(status), done if at == count else None)
+    return [read_answer(out, int(status), done if at == last else None)
             for at, (out, status) in enumerate(pairs, 1)]
 
 
@@ -1261,79 +1402,480 @@ def read_answer(out: bytes, status: int,
 
     code, told = (done.returncode, done.stderr.decode("utf-8", "replace")) if done else (0, "")
     error = re.search(r"curl: \(\d+\) (.*)", told, re.DOTALL)  # after the bars of its progress
-    wait = header(r"retry-after: *(\d{1,6})\s*$")
     return Answer(
         code, 0 if code else status,  # after a failed transfer curl may still say 100 or 200
         out[len(head):].decode("utf-8", "replace"),
         " ".join(error[1].split())[:200] if error else "",
         header(r"location:(.*)$"),
-        min(600.0, float(wait or 0)),  # no server is waited for longer than ten minutes
+        # No server is waited for longer than ten minutes.
+        min(600.0, float(header(r"retry-after: *(\d{1,6})\s*$") or 0)),
         # A new server session where the old one had expired; not the guest's of a refusal.
         header(r"set-cookie: *JSESSIONID=([0-9A-Za-z._-]+)") if status == 200 else "")
 
 
+Row = Dict[str, str]
+
+
 def table(found: Any) -> Optional[List[Row]]:
-    """The rows of a listing with lower-case column names (xnat.md 8), None if it is none."""
-    try:
+    """The rows of a listing with lower-case column names, None if it is none."""
+    with suppress(KeyError, TypeError, AttributeError):
         return [{key.lower(): "" if value is None else str(value) for key, value in row.items()}
                 for row in found["ResultSet"]["Result"]]
-    except (KeyError, TypeError, AttributeError):
-        return None
+    return None
 
 
-def curl_trouble(answer: Answer) -> str:
-    """curl's exit status in words, with curl's own as the evidence."""
-    words = CURL_TROUBLE.get(answer.code, "curl was killed" if answer.code < 0 else "curl failed")
-    if answer.code == 60:
-        words = next((words for sign, words in CERTIFICATES if sign in answer.error), words)
-    what, _, to_do = words.partition(": ")
-    return (f"{what} (curl exit {answer.code}{', ' if answer.error else ''}{answer.error}): "
-            f"{to_do or 'run again'}")
+# ---- meanings ------------------------------------------------------------------------------
 
 
-def said(answer: Answer) -> str:
-    """The server's own sentence: Restlet puts it in <h3>, others in <title> or in plain text."""
+class Meaning(NamedTuple):
+    """What an answer means, and what to do about it. The first whose `sign` is in it counts."""
+
+    sign: str  # a regular expression on the evidence, in any case
+    means: str
+    to_do: str
+    heals: bool = False  # waiting may
+    gone: bool = False  # nothing that looks like a working XNAT answered
+    goes_on: bool = False  # the server may still be at work on the request
+
+
+NO = "the server refused it"
+BUSY = "the server is busy"
+LATER = "run again later"
+LOST = True, True  # heals, gone
+MEANINGS = (
+    # curl's exit statuses: what never came to an answer.
+    Meaning(r"exit 5\b", "the proxy's name cannot be found", "check the proxy settings", *LOST),
+    Meaning(r"exit 6\b", "the server's name cannot be found", "check URL and network", *LOST),
+    Meaning(r"exit 7\b", "nothing answers there", "check URL, network, and whether XNAT is up",
+            *LOST),
+    Meaning(r"exit 28\b", "the connection went silent", "check the network, and see --timeout",
+            *LOST, True),
+    Meaning(r"exit 35\b", "no encrypted connection comes about",
+            "check https or http, and the port", *LOST),
+    Meaning(r"exit 52\b", "the server closed the connection without an answer", LATER, *LOST),
+    Meaning(r"exit 55\b", "the connection broke while sending", LATER, *LOST),
+    Meaning(r"exit (16|18|56|92|95|96)\b", "the connection broke", LATER, *LOST),
+    Meaning(r"exit 60\b.*expired", "the server's certificate has expired",
+            "ask the XNAT admin to renew it"),
+    Meaning(r"exit 60\b.*not yet valid", "the server's certificate is not valid yet",
+            "check this machine's clock"),
+    Meaning(r"exit 60\b.*subject name", "the server's certificate is for another name",
+            "give the URL by that name"),
+    Meaning(r"exit 60\b", "the server's certificate is not trusted",
+            "give your site's CA with --cacert FILE"),
+    Meaning(r"exit 77\b", "the CA file cannot be read", "check --cacert"),
+    Meaning("exit -", "curl was killed", "run again", *LOST),
+    Meaning("curl exit", "curl failed", "run again"),
+    # What waiting heals, by XNAT's own words and by a proxy's status.
+    Meaning("HTTP (400|409|423|500).*(concurrent file sends|session processing (may already be )?"
+            "in progress|concurrent modification is discouraged|duplicate archive attempt|"
+            "destination session in use)", BUSY, LATER, True, goes_on=True),
+    Meaning("HTTP 504", "a proxy gave up waiting", "lower --max-files, or ask the admin to raise "
+            "proxy_read_timeout", *LOST, True),
+    Meaning("HTTP (408|429)", BUSY, LATER, True),
+    Meaning("HTTP (502|503)", "XNAT does not answer behind its proxy", LATER, *LOST),
+    # What XNAT refuses to import.
+    Meaning("HTTP 413", NO, "lower --max-files, or ask the admin to raise client_max_body_size"),
+    Meaning("HTTP 403", NO, "ask the project's owner for the right to edit"),
+    Meaning("unable to read dicom", NO, "here it reads as DICOM, so ask the XNAT admin whether the "
+            "server's disk is full; if not, copy that file again from its source"),
+    Meaning("contains no sop", NO, "copy that file again from its source, then run again"),
+    # What XNAT refuses to archive (PrearcSessionArchiver).
+    Meaning("duplicated sop instance", NO, "XNAT has an image of it twice: delete the session in "
+            "XNAT's prearchive, then run again"),
+    Meaning("non-parsable", NO, "an import that broke off left a half file there: delete the "
+            "session in XNAT's prearchive, then run again"),
+    Meaning("same uid, but a different number", NO, "XNAT has this series under another number: "
+            "ask the XNAT admin to delete that scan, and the session in the prearchive, then run "
+            "again"),
+    Meaning("modality", NO, "XNAT has a session of another modality under this label: rename the "
+            "folder"),
+    Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the "
+            "session in the prearchive, then run again; if they are newer here, --overwrite-files "
+            "replaces XNAT's"),
+    Meaning("another subject|session subject", NO, "the label belongs to another subject: rename "
+            "the folder"),
+    Meaning("session uid", NO, "XNAT has another study under this label: rename the folder"),
+    Meaning("timeout interval", "XNAT is still at work on it", LATER),
+    Meaning("HTTP 5", NO, "run again later; if it stays, ask the XNAT admin"),
+    Meaning("", NO, "look at the session in XNAT's prearchive"),
+)
+
+
+def meaning_of(answer: Answer) -> Meaning:
+    """What an answer means, by the first row that fits it."""
+    evidence = answer.evidence
+    return next(each for each in MEANINGS
+                if re.search(each.sign, evidence, re.IGNORECASE | re.DOTALL))
+
+
+def refusal(settings: Settings, answer: Answer) -> str:
+    """Why the server does not let us in: one sentence with the remedy."""
+    user, target = settings.user, answer.location
     if answer.code:
-        return curl_trouble(answer)
-    for pattern in (r"<h3>(.*?)</h3>", r"<title>(.*?)</title>", r"(.*)"):
-        found = re.search(pattern, answer.body, re.DOTALL | re.IGNORECASE)
-        if found:
-            break
-    text = html.unescape(re.sub(r"<[^>]*>", " ", found[1] if found else ""))
-    return ", ".join(filter(None, (f"HTTP {answer.status}", " ".join(text.split())[:300])))
+        meaning = meaning_of(answer)
+        why = f"{meaning.means} ({answer.evidence}): {meaning.to_do}"
+    elif answer.status == 401 or "Login" in target:
+        why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS (20 wrong "
+               "ones lock the account for an hour; too many open sessions look the same)")
+    elif "UpdateUser" in target:
+        why = f"the password of {user} has expired: set a new one in the browser"
+    elif "InactiveAccount" in target:
+        why = f"the account {user} is not active yet: ask the XNAT admin"
+    elif target.startswith("https:") and settings.url.startswith("http:"):
+        site = target[8:].partition("/")[0]
+        path = "".join(settings.url[7:].partition("/")[1:])  # XNAT may have one of its own
+        why = f"the server wants https: give https://{site}{path} as URL"
+    elif target:
+        why = f"the server redirects to {target}: give the address that XNAT itself has"
+    elif answer.is_html and answer.status == 200:
+        why = "a web page came instead of an answer (login?): is this XNAT's own address?"
+    else:
+        why = f"unexpected answer ({answer.evidence}): is this XNAT's own address?"
+    return f"{settings.url}: {why}"
 
 
-def remedy(answer: Answer) -> str:
-    """What to do about a refusal."""
-    return next(advice for words, advice in REMEDIES if re.search(words, said(answer).lower()))
+# ---- xnat ----------------------------------------------------------------------------------
+
+BUILD_INFO = "/xapi/siteConfig/buildInfo"
+ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
 
 
-def anew(session: Session) -> str:
-    """How to send all of a session again."""
-    return f"to send it anew, add --again --only {shlex.quote(glob.escape(session.path))}"
+class Scan(NamedTuple):
+    """A scan that the server holds."""
+
+    path: str  # of its session
+    id: str
+    uid: str  # Series Instance UID, '' if the server does not tell
+    files: int  # DICOM files, counted by the server
 
 
-def two_studies(kind: str, addresses: List[str]) -> str:
-    return (f"two studies in one {kind} folder, or another run sends the same session; XNAT made "
-            f"two sessions ({', '.join(addresses)}): move one study to a folder of its own, "
-            "or let that run end; delete both in the prearchive, then run again")
+class Xnat(Curl):
+    """A server, one login and one project on it."""
+
+    def __init__(self, settings: Settings, programs: Programs, teller: Teller) -> None:
+        super().__init__(settings, programs, teller)
+        self.project = settings.project
+        self.version = ""
+
+    def meet(self) -> None:
+        """Log in once and check the project, before any byte. Raises Stop(3) with the reason.
+
+        XNAT itself refuses none of this at import: a wrong project gives 200, and the data goes
+        into another one or to Unassigned (GradualDicomImporter).
+        """
+        answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
+        if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
+            raise Stop(refusal(self.settings, answer))
+        self.cookie, user = answer.body.strip(), self.settings.user
+        try:
+            found = self.get(self.path())
+            if found is None:
+                raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
+            self.project = str(found["items"][0]["data_fields"]["ID"])  # an alias may be given
+            rows = self.rows("/data/projects", {"permissions": "edit",
+                                                "dataType": "xnat:subjectData"})
+            if self.project not in [row.get("id") for row in rows or []]:
+                raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
+                              f"{user} a member")
+        except Trouble as trouble:
+            raise Stop(f"project {self.settings.project}: {trouble}")
+        except (KeyError, IndexError, TypeError):
+            raise Stop(f"project {self.settings.project}: the server does not tell its ID: is this "
+                       "XNAT's own address?")
+
+    def path(self, *more: str) -> str:
+        """The project's path, or that of something in it."""
+        return "/data/projects/" + "/".join(quote(each, safe="") for each in (self.project, *more))
+
+    def takes_side_by_side(self) -> bool:
+        """Whether series of one session may go at the same time: since 1.8.8 (XNAT-7535)."""
+        return [int(number) for number in re.findall(r"[0-9]{1,9}", self.version)[:3]] >= [1, 8, 8]
+
+    def close(self) -> None:
+        """Give the server session back: a user has a limited number of them."""
+        if self.cookie:
+            self.ask("DELETE", "/data/JSESSION", seconds=3)
+
+    def scans(self, path: str) -> Optional[List[Scan]]:
+        """The scans of a session at `path`, None if it is not there.
+
+        In the prearchive this is what the last build saw.
+        """
+        urls = [path + "/scans?format=json&columns=ID,UID,series_description",
+                path + "/scans/ALL/resources?format=json&cache_file_stats=true"]
+        if "/prearchive/" in path:
+            urls = [path + "?format=xml", path + "/resources?format=json"]
+        first, second = self.ask_once(*urls)
+        if first.status not in (200, 404):
+            first, meaning, _ = self.ask_until(path, lambda: self.ask_once(urls[0])[0])
+        if first.status not in (200, 404):
+            raise Trouble(f"{path} cannot be read ({first.evidence})", meaning.to_do)
+        uids, rows = scan_uids(first), table(second.json())
+        if uids is None:
+            return None
+        if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
+            rows = [dict(row, cat_id=scan) for scan in uids
+                    for row in self.rows(f"{path}/scans/{quote(scan, safe='')}/resources") or []]
+        counts: Counter[str] = Counter()
+        for row in rows:
+            scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
+            if scan in uids and label in ("DICOM", "secondary"):
+                if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
+                    count = str(len(self.names(Scan(path, scan, "", 0), label)) or "")
+                if not count:
+                    raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
+                                  "ask the XNAT admin to refresh its catalogs, then run again")
+                counts[scan] += int(count)
+        return [Scan(path, scan, uid, counts[scan]) for scan, uid in uids.items()]
+
+    def names(self, scan: Scan, label: str = "DICOM") -> List[str]:
+        """The names of a scan's files, as they are stored."""
+        rows = self.rows(f"{scan.path}/scans/{quote(scan.id, safe='')}/resources/{label}/files")
+        return [row.get("name", "") for row in rows or []]
+
+    def status(self, address: str) -> str:
+        """Status of a prearchive session once nothing works on it; '' if it is not there."""
+        for pause in (1.0, 2.0, 5.0, 10.0) + (30.0,) * 60:
+            rows = self.rows(address)
+            status = rows[0].get("status", "") if rows else ""
+            # _BUILDING, ARCHIVING, QUEUED_ARCHIVING, MOVING ...: nobody may touch it (LockAndSync)
+            if not status.startswith("_") and (not status.endswith("ING") or status == "RECEIVING"):
+                return status
+            if pause == 2.0:
+                self.teller.say(f"{address}: XNAT is at work on it ({status}): waiting")
+            self.programs.pause(pause)
+        raise Trouble(f"XNAT is still at work on it ({address} is {status})", LATER)
+
+    def post(self, session: Session, series: Series, files: int, zipped: str,
+             moved: Callable[[float], None]) -> str:
+        """POST a zip of so many files until it is sent, refused or out of tries; its address.
+
+        Raises Trouble unless XNAT answers with an address in our project and session, Misplaced
+        if it is another project: it says 200 too when it kept nothing (DicomZipImporter).
+        """
+        query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
+                 "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
+                 "overwrite": "append",
+                 "prevent_auto_commit": "true"}  # else five idle minutes archive half a session
+        answer, meaning, tries = self.ask_until(
+            f"{session.label} {series.name}", lambda: self.ask(
+                "POST", "/data/services/import", query, zipped, moved=moved), files)
+        series.tries, series.http = series.tries + tries, answer.status
+        addresses, what = sorted(set(answer.body.split())), answer.evidence
+        if answer.status in (413, 504):  # a proxy's limits: how big was it?
+            what += f", for a zip of {size(os.path.getsize(zipped))} with {plural(files, 'file')}"
+        if answer.status != 200:
+            raise Trouble(f"{meaning.means} ({what})", meaning.to_do, refused=True)
+        if answer.is_html:
+            raise Trouble("a web page came instead of an answer", "is this XNAT's own address?")
+        if not addresses:
+            raise Trouble("XNAT kept none of these files (empty answer)", "ask the project's owner "
+                          "about import filters and anonymization scripts", refused=True)
+        for address in addresses:
+            found = ADDRESS.search(address)
+            if not found:
+                raise Trouble(f"no address came back ({address[:200]})", "look in the log")
+            if found[1] != self.project:
+                raise Misplaced(f"project {self.project}: XNAT put {session.label} {series.name} "
+                                f"into project {found[1]} ({address}): do not run again, have it "
+                                "deleted there, and ask the XNAT admin")
+            if found[2] != session.label or len(addresses) > 1:
+                raise Trouble(f"XNAT put it into another session ({', '.join(addresses)})",
+                              "look there, and ask the XNAT admin")
+        return addresses[0][addresses[0].index("/data/"):]
+
+    def build(self, address: str) -> None:
+        """Let XNAT say what a prearchive session holds; archives nothing. Raises Trouble."""
+        answer, meaning, _ = self.ask_until(
+            f"build of {address}", lambda: self.ask("POST", address, {"action": "build"}))
+        if answer.status != 200:
+            raise Trouble(f"{meaning.means} ({answer.evidence})", meaning.to_do, refused=True)
+
+    def commit(self, session: Session, address: str) -> str:
+        """Commit a whole session; where it lies then, or '' if it is gone from the prearchive.
+
+        Once: after an answer that was lost it looks what has become of it. Raises Trouble.
+        """
+        query = {"action": "build" if self.settings.review else "commit"}
+        if self.settings.overwrite_files:
+            query["overwrite_files"] = "true"
+        for tries in itertools.count(1):
+            answer = self.ask("POST", address, query)
+            meaning = meaning_of(answer)
+            found = re.search(r"/data/archive(/projects/\S+)", answer.body)
+            if answer.status == 301 and found:  # the subject's label may differ in case
+                return "/data" + found[1]
+            if answer.status == 200 and "/data/prearchive/" in answer.body:
+                return address
+            if answer.status != 301:
+                self.check_login(answer)
+            # Refused, or the answer was lost on the way while XNAT went on: look. READY may mean
+            # that archiving is queued.
+            lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
+            status = self.status(address)
+            for pause in (1.0, 3.0, 6.0):
+                if lost and status == "READY":
+                    self.programs.pause(pause)
+                    status = self.status(address)
+            if not status:
+                return ""
+            if not lost or tries > self.settings.retries:
+                break
+            self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
+        if meaning.heals and status in ("CONFLICT", "ERROR"):  # XNAT keeps the reason
+            answer = self.ask("GET", address + "/logs/last")
+        raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
+                      meaning_of(answer).to_do, refused=True)
 
 
-SOP_INSTANCE = re.compile(
-    rb"(?:\x02\x00\x03\x00UI..|\x08\x00\x18\x00(?:UI..|.{4}))([0-9.]+)", re.DOTALL)
+class Contents:
+    """What archive and prearchive of the project hold under our labels, asked once."""
+
+    def __init__(self, xnat: Xnat, sessions: Sequence[Session]) -> None:
+        """Not every server tells this to every user; sessions are then asked for one by one."""
+        self.xnat = xnat
+        labels = {session.label for session in sessions}
+        ours = {session.subject_label.lower() for session in sessions}
+        info, code, archive, waiting = (answer.json() for answer in xnat.ask_once(
+            BUILD_INFO, xnat.path("prearchive_code"), self._archive(), self._prearchive()))
+        # Without a version the series of a session go one by one.
+        xnat.version = str(info.get("version", "")) if isinstance(info, dict) else ""
+        # Whether XNAT replaces files that it has (PrearchiveCode.AutoArchiveOverwrite).
+        self.replaces = xnat.settings.overwrite_files or code == 5
+        rows = table(archive)
+        self.archive: Optional[Dict[str, Row]] = None if rows is None else {
+            row["label"]: row for row in rows if row.get("label") in labels}
+        # XNAT finds subjects without regard to case; these are their labels as it has them.
+        self.subjects = {row["subject_label"].lower(): row["subject_label"] for row in rows or []
+                         if row.get("subject_label", "").lower() in ours}
+        self.prearchive: Dict[str, List[Row]] = defaultdict(list)
+        for row in self._waiting_rows(waiting):
+            if row.get("name") in labels:
+                self.prearchive[row["name"]].append(row)
+
+    def _waiting_rows(self, found: Any) -> List[Row]:
+        """The prearchive's listing; a hiccup must not look like an empty prearchive."""
+        rows = table(found)
+        if rows is None:
+            with suppress(Trouble):  # not every user may see it
+                rows = self.xnat.rows(self._prearchive().partition("?")[0])
+        return rows or []
+
+    def _archive(self) -> str:
+        return "/data/experiments?" + urlencode({
+            "project": self.xnat.project, "xsiType": "xnat:imageSessionData",
+            "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
+
+    def _prearchive(self) -> str:
+        return self.xnat.path().replace("/data/", "/data/prearchive/", 1) + "?format=json"
+
+    def archived(self, session: Session) -> Optional[Row]:
+        """Label, subject and Study UID of a session in the archive, None if it is not there."""
+        if self.archive is not None:
+            return self.archive.get(session.label)
+        row = self._fields(self.path(session))  # no listing: ask for this one
+        if row is None:  # under another subject?
+            row = self._fields(self.xnat.path("experiments", session.label))
+            if row and row.get("subject_id"):
+                owner = self._fields(self.xnat.path("subjects", row["subject_id"])) or {}
+                row["subject_label"] = owner.get("label") or row["subject_id"]
+        return row
+
+    def _fields(self, path: str) -> Optional[Row]:
+        """The fields of the item at `path`, None if it is not there."""
+        found = self.xnat.get(path)
+        with suppress(KeyError, IndexError, TypeError, AttributeError):
+            return {key.lower(): str(value or "")
+                    for key, value in found["items"][0]["data_fields"].items()}
+        return None if found is None else {}
+
+    def path(self, session: Session) -> str:
+        """Where the archive has a session, or will have it."""
+        subject = (self.archive or {}).get(session.label, {}).get("subject_label")
+        subject = subject or self.subjects.get(session.subject_label.lower())
+        return self.xnat.path("subjects", subject or session.subject_label, "experiments",
+                              session.label)
+
+    def waiting(self, session: Session) -> List[str]:
+        """Addresses in the prearchive under a session's label."""
+        return [address_of(row) for row in self.prearchive.get(session.label, [])]
+
+    def check_label(self, session: Session, series: List[Series], memory: Memory) -> None:
+        """Raises Trouble if XNAT has something else under this session's label.
+
+        If an earlier run brought it there, a script of the site may have changed its Study UID.
+        """
+        study = next(image.study for each in series for image in each.images)
+        waiting = self.prearchive.get(session.label, [])
+        still = [row for row in waiting if self.xnat.status(address_of(row))]
+        if len(still) < len(waiting) or memory.address and not self.xnat.status(memory.address):
+            self.look_again(session, still)  # an earlier commit has archived it since the meeting
+        rows = [("archive", row.get("subject_label", ""), row.get("uid", ""))
+                for row in [self.archived(session) or {}]]
+        rows += [("prearchive", row.get("subject", ""), row.get("tag", "")) for row in still]
+        for where, subject, uid in rows:
+            if subject and subject.lower() != session.subject_label.lower():
+                raise Trouble(f"XNAT's {where} has {session.label} under subject {subject}, here "
+                              f"it is subject {session.subject_label}", "rename the folder")
+            if not uid or not study or uid == study or self.xnat.settings.again and memory.ended:
+                continue
+            if not any(memory.has(each, each.images) or memory.sent(each) for each in series):
+                raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
+                              f"(there {uid}, here {study})", "rename the session folder" + (
+                                  "; if it is this session, its UIDs changed by a script of the "
+                                  "site, delete it in the prearchive" if where == "prearchive" else
+                                  "; if it is a script of the site that changes UIDs, "
+                                  f"{anew(session, True)}" if memory.ended else ""))
+
+    def waits(self, session: Session, address: str) -> bool:
+        """Whether a session is in the prearchive at this address."""
+        return address in self.waiting(session) or bool(self.xnat.status(address))
+
+    def check_deleted(self, session: Session, memory: Memory) -> None:
+        """Raises Trouble if somebody has deleted what an earlier run brought there: it does not
+        come back by itself."""
+        if (memory.parts or memory.ended not in ("archived", "prearchived")
+                or self.archived(session) is not None):
+            return
+        if memory.ended == "archived":
+            raise Trouble("an earlier run saw it archived, and it is not there any more",
+                          anew(session))
+        if not self.waits(session, memory.path):
+            raise Trouble("it was left for review, and is neither in the prearchive nor in the "
+                          "archive any more", anew(session))
+
+    def look_again(self, session: Session, waiting: List[Row]) -> str:
+        """Something of a session has left the prearchive: where the archive has it now, or ''."""
+        self.prearchive[session.label] = waiting
+        rows = table(self.xnat.ask_once(self._archive())[0].json())
+        if self.archive is not None:
+            self.archive.update({row["label"]: row for row in rows or []
+                                 if row.get("label") == session.label})
+        return self.path(session) if self.archived(session) is not None else ""
+
+    def leftovers(self, sessions: List[Session]) -> List[str]:
+        """Addresses in the prearchive beside sessions that are archived, with their status."""
+        labels = {session.label for session in sessions}
+        rows = table(self.xnat.ask_once(self._prearchive())[0].json()) if labels else []
+        return [f"{address_of(row)} ({row.get('status', '')})" for row in rows or []
+                if row.get("name") in labels]
 
 
-def copies(session: Session) -> int:
-    """How many files XNAT will not keep beside their equals: same name, same image (xnat.md 9)."""
-    seen = set()
-    total = 0
-    for series in session.series:
-        for name, _, _ in series.listing():
-            instance = SOP_INSTANCE.search(first_bytes(os.path.join(series.folder, name)))
-            stored = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(name))
-            seen.add((stored, instance[1] if instance else name))
-            total += 1
-    return total - len(seen)
+def scan_uids(answer: Answer) -> Optional[Dict[str, str]]:
+    """Series UIDs of a session's scans by ID: of a listing, or of a prearchive session's XML."""
+    rows = table(answer.json())
+    if rows is not None:
+        return {row.get("id", ""): row.get("uid", "") for row in rows}
+    scans = [dict(re.findall(r'\b(ID|UID)="([^"]*)"', scan))
+             for scan in re.findall(r"<(?:\w+:)?scan\s([^>]*)>", answer.body)]
+    return {html.unescape(scan["ID"]): scan.get("UID", "") for scan in scans if "ID" in scan
+            } if answer.status == 200 else None
+
+
+def address_of(row: Row) -> str:
+    """Where a row of the prearchive's listing can be asked for."""
+    return "/data" + row.get("url", "").replace("/data/", "/", 1)
 
 
 # ---- ledger --------------------------------------------------------------------------------
@@ -1341,516 +1883,887 @@ def copies(session: Session) -> int:
 
 @dataclass
 class Memory:
-    """What earlier runs and this one have done for one session."""
+    """What earlier runs have done for one session."""
 
-    # By series: fingerprint, start, stop and address of each part that is sent.
-    sent: Dict[str, List[Tuple[str, int, int, str]]] = field(default_factory=dict)
-    address: str = ""  # where this round's parts lie until they are committed
-    before: int = 0  # what the archive held before this round
-    ended: str = ""  # archived or prearchived
-    path: str = ""  # where that is read
-    owed: int = 0  # what it should have counted, where it did not
+    # On its way: series, first and last name, fingerprint and address of each part that is sent.
+    parts: List[Dict[str, str]] = field(default_factory=list)
+    ended: str = ""  # archived, prearchived, nothing to send
+    path: str = ""  # where that was counted
+    files: int = 0  # so many
+    whole: bool = False  # nothing was wrong with it
+    # By name: listing, fingerprint of the images, their number, whether by CRC-32.
+    series: Dict[str, Tuple[str, str, int, bool]] = field(default_factory=dict)
 
-    def parts_left(self, session: Session, series: Series, max_files: int) -> List[Part]:
-        """The parts of a series that are not on the server yet, for these very files."""
-        done = sorted(each[1:3] for each in self.sent.get(series.name, [])
-                      if each[0] == series.fingerprint)
-        parts, at = [], 0
-        for start, stop in done + [(series.files, series.files)]:
-            while at < start:
-                parts.append(Part(session, series, at, min(start, at + max_files)))
-                at = parts[-1].stop
-            at = max(at, stop)
-        return parts
+    @property
+    def address(self) -> str:
+        return self.parts[-1]["address"] if self.parts else ""
 
-    def files_sent(self, session: Session, address: str = "") -> int:
-        """How many files of the session, as they are now, were sent, at all or to `address`."""
-        return sum(stop - start for series in session.series
-                   for mark, start, stop, place in set(self.sent.get(series.name, []))
-                   if mark == series.fingerprint and address in ("", place))
+    def gone(self, series: List[Series]) -> List[str]:
+        """Series that had images, and have none any more."""
+        here = {each.name for each in series
+                if each.images or each.problems or each.status in ("left out", "copy")}
+        return [name for name, known in self.series.items() if known[2] and name not in here]
 
-    def has_changed(self, series: Series) -> bool:
-        """Whether other files of this series were sent before."""
-        return any(each[0] != series.fingerprint for each in self.sent.get(series.name, []))
+    def is_same(self, series: List[Series]) -> bool:
+        """Whether the folder is what an earlier run verified, by names, sizes and times."""
+        return self.whole and not self.parts and not any(each.problems for each in series) and {
+            each.name: each.listing for each in series if not each.status} == {
+            name: known[0] for name, known in self.series.items()}
 
-    def take(self, event: str, line: Dict[str, Any]) -> None:
-        """Take in one event of the ledger."""
-        if event == "opened":
-            self.before = line["before"]
-        elif event == "sent":
-            part = (line["files"], line["from"], line["to"], line["address"])
-            self.sent.setdefault(line["series"], []).append(part)
-            self.address, self.ended, self.owed = line["address"], "", 0
-        elif event == "lost":
-            for name, parts in self.sent.items():
-                self.sent[name] = [each for each in parts if each[3] != self.address]
-            self.address = ""
-        elif event in ("archived", "prearchived"):
-            self.address, self.ended = "", event
-            self.path, self.owed = line["path"], line["owed"]
+    def has(self, series: Series, images: List[File]) -> bool:
+        """Whether these images of a series are those that an earlier run noted, by their UIDs,
+        sizes and CRC-32s."""
+        listing, known, count, by_crc = self.series.get(series.name, ("", "", 0, False))
+        if not images or len(images) != count:
+            return False
+        if listing == series.listing and len(series.images) == count:
+            return True
+        for image in images if by_crc else ():
+            crc_of(series, image)
+        return images_fingerprint(images, by_crc) == known
+
+    def renewed(self, series: List[Series]) -> Dict[str, Tuple[str, str, int, bool]]:
+        """What is to be remembered of the series from now on."""
+        known = {}
+        for each in series:
+            by_crc = all(image.crc >= 0 for image in each.images)
+            earlier = self.series.get(each.name, ("", "", 0, False))
+            if not by_crc and earlier[0] == each.listing:  # its CRC-32s are still true
+                known[each.name] = earlier
+            elif each.status != "left out":
+                known[each.name] = (each.listing, images_fingerprint(each.images, by_crc),
+                                    len(each.images), by_crc)
+        return known
+
+    def sent(self, series: Series) -> List[File]:
+        """Images of a series, as they are now, that were sent to `address`."""
+        found: List[File] = []
+        for part in self.parts:
+            images = [each for each in series.images if part["first"] <= each.name <= part["last"]]
+            if (part["series"], part["address"], part["files"]) == (
+                    series.name, self.address, part_fingerprint(images)):
+                found += images
+        return found
+
+
+def part_fingerprint(images: List[File]) -> str:
+    return fingerprint(f"{each.name} {each.bytes} {each.time_ns} {each.sop}" for each in images)
+
+
+def images_fingerprint(images: List[File], by_crc: bool) -> str:
+    """What images are: UIDs, sizes and, where they are known, CRC-32s."""
+    return fingerprint(sorted(f"{each.sop} {each.bytes} {each.crc if by_crc else ''}"
+                              for each in images))
 
 
 class Ledger:
-    """The file that remembers what was sent: JSON, a line each, synced; the last may be torn."""
+    """The file that remembers: JSON, a line each, synced; a torn line loses itself only.
 
-    def __init__(self, settings: Settings, project: str, read_only: bool = False) -> None:
-        """Raises Stop(3) if it cannot be read, or, unless `read_only`, written."""
+    Of a session that has ended only the place of its line is kept in memory.
+    """
+
+    def __init__(self, settings: Settings, project: str) -> None:
+        """Raises Stop(3) if it cannot be used. A dry run only reads it, if it is there."""
         self.path = os.path.join(os.path.abspath(settings.workdir), "dicomUpload.ledger")
-        self._where = {"v": 1, "server": settings.url, "project": project}
-        self._sessions: Dict[Tuple[str, str], Memory] = {}
-        if read_only and (settings.again or not os.path.exists(self.path)):
-            return
+        self.exclusions: Set[str] = set()  # of earlier runs
+        self._where = {"v": 2, "server": settings.url, "project": project}
+        self._ended: Dict[Tuple[str, str], int] = {}  # where in the file
+        self._root = os.path.realpath(settings.rootdir)
+        self.from_here: Set[str] = set()  # labels of sessions that came from this ROOTDIR
+        self._parts: Dict[Tuple[str, str], List[Dict[str, str]]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._end, raw = 0, b"\n"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         try:
-            if not read_only:
-                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-                self._file = os.fdopen(handle, "r+b", buffering=0)
-            raw = b"\n"
+            if settings.dry_run:
+                flags = os.O_RDONLY
+                self.path = self.path if os.path.exists(self.path) else os.devnull
+            self._file = os.open(self.path, flags, 0o600)
             with open(self.path, "rb") as lines:
                 for raw in lines:
-                    self._read(raw)
-            if not raw.endswith(b"\n") and not read_only:
-                self._file.write(b"\n")
+                    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                        line = json.loads(raw)  # torn, or of another version: the server is asked
+                        if all(line[key] == value for key, value in self._where.items()):
+                            self._take(line, self._end)
+                    self._end += len(raw)
+            if not raw.endswith(b"\n") and not settings.dry_run:
+                self._write(b"\n")
         except OSError as error:
-            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, it "
-                       "remembers what was sent")
+            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, or delete "
+                       "it (the server is then asked what it has)")
 
-    def _read(self, raw: bytes) -> None:
-        try:
-            line = json.loads(raw)
-            if all(line[key] == value for key, value in self._where.items()):
-                self._take(line)
-        except (ValueError, KeyError, TypeError):
-            pass  # torn, or of another version: what it told of is sent again
-
-    def _take(self, line: Dict[str, Any]) -> None:
-        if line["event"] == "forget":
-            self._sessions.pop((line["subject"], line["session"]), None)
+    def _take(self, line: Dict[str, Any], at: int) -> None:
+        if line["event"] == "exclude":
+            self.exclusions = set(map(str, line["names"]))
+            return
+        key = line["subject"], line["session"]
+        if line["event"] == "sent":
+            names = "series", "first", "last", "files", "address"
+            self._parts[key].append({name: str(line[name]) for name in names})
         else:
-            memory = self._sessions.setdefault((line["subject"], line["session"]), Memory())
-            memory.take(line["event"], line)
+            self._parts.pop(key, None)
+            self._ended[key] = at
+            if line.get("root") == self._root:
+                self.from_here.add(line["session"])
 
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
-        return self._sessions.setdefault((session.subject_label, session.label), Memory())
+        key, memory = (session.subject_label, session.label), Memory()
+        with self._lock, suppress(ValueError, KeyError, TypeError, IndexError, OSError):
+            memory.parts = list(self._parts.get(key, []))
+            if key in self._ended:
+                with open(self.path, "rb") as lines:
+                    lines.seek(self._ended[key])
+                    line = json.loads(lines.readline())
+                memory.series = {str(name): (str(known[0]), str(known[1]), int(known[2]),
+                                             bool(known[3]))
+                                 for name, known in line["series"].items()}
+                memory.path, memory.files = str(line["path"]), int(line["files"])
+                memory.ended, memory.whole = str(line["where"]), bool(line["whole"])
+        return memory
 
     def add(self, session: Session, event: str, **more: Any) -> None:
         """Write an event down and sync it. Raises Stop(3) if that fails."""
-        line = dict(self._where, at=now(), subject=session.subject_label, session=session.label,
-                    event=event, **more)
-        raw = json.dumps(line).encode() + b"\n"
+        self._add(event, subject=session.subject_label, session=session.label, root=self._root,
+                  **more)
+
+    def exclude(self, names: Set[str]) -> None:
+        """Remember these exclusions in place of those of earlier runs."""
+        if names != self.exclusions:
+            self._add("exclude", names=sorted(names))
+
+    def _add(self, event: str, **more: Any) -> None:
+        line = dict(self._where, at=now(), event=event, **more)
         try:
-            if self._file.write(raw) < len(raw):  # a full disk takes the first half in silence
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
+            with self._lock:
+                at = self._end
+                self._write(json.dumps(line).encode() + b"\n")
+                self._take(line, at)
         except OSError as error:
             raise Stop(f"ledger {self.path}: cannot be written ({error.strerror}): make room, then "
                        "run again")
-        self._take(line)
+
+    def _write(self, raw: bytes) -> None:
+        if os.write(self._file, raw) < len(raw):  # a full disk takes the first half in silence
+            os.ftruncate(self._file, self._end)  # else the next line would be lost with it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(self._file)
+        self._end += len(raw)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
-# ---- the run -------------------------------------------------------------------------------
+# ---- upload --------------------------------------------------------------------------------
 
 
-@dataclass
-class Tally:
-    """One series on its way: what is left of it, and what has become of the rest."""
+class Comparison:
+    """One session held against what the server has of it: which images are missing there."""
+
+    def __init__(self, contents: Contents, outcome: Outcome, memory: Memory) -> None:
+        self.contents = contents
+        self.xnat = contents.xnat
+        self.session = outcome.session
+        self.series = outcome.series
+        self.memory = memory
+        self.archived = contents.archived(self.session) is not None
+        self.doubts: List[Tuple[Series, Trouble]] = []
+
+    def addresses(self) -> List[str]:
+        """Mark the images that the server has; the prearchive addresses that wait for a commit.
+
+        Raises Trouble where sending more could only make it worse.
+        """
+        held: List[Scan] = []
+        if self.archived:
+            held = self.xnat.scans(self.contents.path(self.session)) or []
+        told = self._hold(held)
+        address, here = self.memory.address, self.contents.waiting(self.session)
+        waits = address in here or bool(address and self.xnat.status(address))
+        found = [address] if waits else []
+        if here and not waits and not (self.archived and all(
+                not image.missing for each in self.series for image in each.images)):
+            self._join(held, here)
+            found = here
+        elif address and not waits and not self.archived:
+            self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
+                                 "it again")
+        if waits or self.archived and not told:
+            for image in itertools.chain.from_iterable(map(self.memory.sent, self.series)):
+                image.missing = False
+        for series, trouble in self.doubts:
+            series.problems.append(trouble)
+        return found
+
+    def _hold(self, held: List[Scan]) -> bool:
+        """Mark what `held` has, or what the ledger knows of it; whether XNAT tells our UIDs."""
+        told = not held or bool({scan.uid for scan in held if scan.uid} & {
+            image.series for each in self.series for image in each.images})
+        if told and self.xnat.settings.dry_run:  # it shows what the server says
+            self.memory = replace(self.memory, ended="", series={})
+        self.doubts = []
+        self._match(held)
+        if held or self.archived:
+            for each in self.series:
+                self._recall(each, told)
+        return told
+
+    def _match(self, held: List[Scan]) -> None:
+        """Mark what `held` has: by Series UID and count, and by names where these differ."""
+        groups: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
+        for each in self.series:
+            for image in each.images:
+                groups[image.series].append((each, image))
+        for uid, pairs in groups.items():
+            scans = [scan for scan in held if uid and scan.uid == uid]
+            count, ours = sum(scan.files for scan in scans), [image for _, image in pairs]
+            absent, sure, taken = [] if count else ours, True, False
+            if count and count != len(ours):
+                names = self._names(scans)
+                absent, sure = not_among(ours, names)
+                if count > len(ours) == len(absent):  # another program's names: the count tells
+                    absent = []
+                # XNAT would refuse it, or put it in another image's place.
+                taken = any(stored_name(image) in names for image in absent)
+            gone = set(absent)
+            for image in ours:
+                image.missing = image in gone
+            series = list(dict.fromkeys(each for each, _ in pairs))
+            if taken or gone and not sure and not all(self.memory.has(each, [
+                    image for image in each.images if not image.missing]) for each in series):
+                self.doubts += [(each, Trouble(
+                    f"XNAT has {count} of its {plural(len(ours), 'file')}, under other names (not "
+                    f"{absent[0].name}): which are missing cannot be told",
+                    anew(self.session, True))) for each in series]
+
+    def _names(self, scans: List[Scan]) -> List[str]:
+        return [name for scan in scans for name in self.xnat.names(scan)]
+
+    def _recall(self, series: Series, told: bool) -> None:
+        """Hold a series against what an earlier run has noted of it."""
+        listing, _, count, _ = self.memory.series.get(series.name, ("", "", 0, False))
+        if not count or not series.images or any(each is series for each, _ in self.doubts):
+            return
+        there = [image for image in series.images if not image.missing]
+        same = self.memory.has(series, there or series.images)
+        trouble = None
+        if not told and same:  # a script has changed the UIDs
+            for image in series.images:
+                image.missing = False
+        elif not told:
+            trouble = Trouble("has changed since it was sent, and XNAT has other UIDs: which "
+                              "images are missing cannot be told", anew(self.session, True))
+        elif not there and same:
+            self.doubts.append((series, Trouble("an earlier run saw it archived, and it is not "
+                                                "there any more", anew(self.session, True))))
+        # Times alone are no change. Where files were removed here, nothing can be said.
+        elif len(there) == count and listing != series.listing and not same:
+            trouble = Trouble("has changed since it was sent", "with --overwrite-files it replaces "
+                              "what XNAT has")
+        if trouble and self.xnat.settings.overwrite_files:
+            for image in series.images:
+                image.missing = True
+        elif trouble:
+            self.doubts.append((series, trouble))
+
+    def _join(self, held: List[Scan], here: List[str]) -> None:
+        """Mark what waits in the prearchive, left there by a run whose workdir is lost, or by
+        another tool. Raises Trouble if a commit of that could only conflict."""
+        waiting: List[Scan] = []
+        for address in here:
+            status = self.xnat.status(address)
+            built = status not in ("RECEIVING", "ERROR")  # else it tells nothing, or not all
+            if not built and self.xnat.settings.dry_run:
+                self.xnat.teller.say(f"{self.session.label}: waits in the prearchive ({address}); "
+                                     "what of it is there shows when it is sent")
+                continue
+            if not built:
+                self.xnat.build(address)
+                self._check_study(address)
+            waiting += self.xnat.scans(address) or []
+        if not self.contents.replaces and self._overlap(held, waiting):
+            raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(here)}), "
+                          "and what is missing would join it",
+                          "delete that copy in the prearchive, then run again")
+        self._hold(held + waiting)
+
+    def _check_study(self, address: str) -> None:
+        """Raises Trouble if a build has shown UIDs that are not ours, and no ledger helps."""
+        study = next(image.study for each in self.series for image in each.images)
+        tags = {row.get("tag", study) for row in self.xnat.rows(address) or []}
+        if tags - {study} and not self.memory.ended:
+            raise Trouble("the prearchive holds some of it with UIDs that a script has changed "
+                          f"({address}): what is missing cannot be told",
+                          "delete that in the prearchive, then run again")
+
+    def _overlap(self, held: List[Scan], waiting: List[Scan]) -> bool:
+        """Whether archive and prearchive hold the same image, by UID, name or number."""
+        for uid in {scan.uid for scan in held} & {scan.uid for scan in waiting} - {""}:
+            ours = [image for each in self.series for image in each.images if image.series == uid]
+            names = [self._names([scan for scan in scans if scan.uid == uid])
+                     for scans in (held, waiting)]
+            absent = {image for each in names for image in not_among(ours, each)[0]}
+            if (set(names[0]) & set(names[1]) or len(absent) < len(ours)
+                    or ours and sum(map(len, names)) > len(ours)):
+                return True
+        return False
+
+
+class Part(NamedTuple):
+    """Up to --max-files images of one series: one zip, one POST."""
 
     series: Series
-    parts: Deque[Part] = field(default_factory=deque)
-    status: str = ""  # '' while on its way; sent, not sent, already there, left out, no DICOM
-    message: str = ""
-    jobs: int = 0  # parts that are packed or posted now
-    last: Optional[Turn] = None  # of these jobs
-    files: int = 0
-    bytes: int = 0
-    zipped: int = 0  # bytes
-    started: float = 0.0
-    seconds: float = 0.0
-    tries: int = 0
-    status_code: int = 0
-    address: str = ""
+    files: List[File]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
 
 
-class Journey:
-    """One session on its way: the one place that says what may go next, and when it is whole."""
+class Sender:
+    """Packs what is missing and posts it: --procs uploads side by side, twice as many zips."""
 
-    def __init__(self, session: Session, memory: Memory, settings: Settings) -> None:
-        self.session = session
-        self.memory = memory
-        self.settings = settings
-        self.jobs = 0
-        self.message = ""  # why the session as a whole failed
-        self.verified = 0  # files that the server counted
-        self.tallies = self.take_stock()
-        # What was left for review, or was short, is counted again by each run.
-        self.to_send = any(tally.parts for tally in self.tallies)
-        unsure = memory.address or memory.owed or memory.ended == "prearchived"
-        self.looked = not (self.to_send or unsure)
-
-    def take_stock(self) -> List[Tally]:
-        """Which parts of which series are left to send."""
-        tallies = []
-        for series in self.session.series:
-            parts = self.memory.parts_left(self.session, series, self.settings.max_files)
-            if series.left_out:
-                tallies.append(Tally(series, status="left out", message=series.left_out))
-            elif series.problem:
-                tallies.append(Tally(series, status="not sent", message=series.problem))
-            elif not series.files:
-                junk = plural(series.not_dicom, "file")
-                message = f"none of its {junk} is DICOM" if series.not_dicom else "is empty"
-                tallies.append(Tally(series, status="no DICOM", message=message))
-            else:
-                tallies.append(Tally(series, deque(parts), "" if parts else "already there"))
-        return tallies
-
-    def next_job(self, side_by_side: bool) -> Tuple[str, Optional[Tally]]:
-        """What this session may do now: look, send (and which series), commit; '' for nothing.
-
-        Parts of one series go in order. Series go one by one until the first answer, which
-        makes the session; then side by side, if the server can take it. A session is committed
-        when all of it is sent, and nothing is sent while it is being committed.
-        """
-        if self.message or self.jobs and not (side_by_side and self.looked and self.memory.address):
-            return "", None
-        if not self.looked:
-            return "look", None
-        for tally in self.tallies:
-            if tally.parts and not tally.jobs:
-                return "send", tally
-        whole = self.memory.address and not self.jobs and not self.failed()
-        return ("commit" if whole and not self.settings.no_commit else ""), None
-
-    def next_ahead(self) -> Optional[Tally]:
-        """A series whose next part may be packed while the ones before it are posted.
-
-        Only once no other series waits for a worker; two zips ahead keep the line busy.
-        """
-        if any(tally.parts and not tally.jobs for tally in self.tallies):
-            return None
-        return next((tally for tally in self.tallies if tally.parts and tally.jobs < 3), None)
-
-    def next_part(self, tally: Tally, quick: bool) -> Part:
-        """The next part of a series; of one file, if `quick`: its answer lets the others go."""
-        part = tally.parts.popleft()
-        if quick and not self.memory.address and part.stop - part.start > 1:
-            tally.parts.appendleft(replace(part, start=part.start + 1))
-            part = replace(part, stop=part.start + 1)
-        return part
-
-    def failed(self) -> bool:
-        return bool(self.message) or any(tally.status == "not sent" for tally in self.tallies)
-
-    def where(self) -> str:
-        """How the session ended."""
-        if self.message and self.memory.address:
-            return "not archived"
-        if self.failed():
-            return "held back" if self.memory.address else "failed"
-        return "sent" if self.memory.address else self.memory.ended or "nothing to send"
-
-
-class Run:
-    """The upload: starts jobs, takes their results, keeps ledger and telling right.
-
-    Workers only pack, send, look and commit; what is decided is decided here, in one thread.
-    """
-
-    def __init__(self, plan: Plan, xnat: Xnat, workdir: Workdir, ledger: Ledger) -> None:
+    def __init__(self, xnat: Xnat, workdir: Optional[Workdir], ledger: Ledger, alone: bool) -> None:
         self.xnat = xnat
-        self.settings = xnat.settings
-        self.teller = xnat.teller
         self.workdir = workdir
         self.ledger = ledger
-        self.waiting = deque(plan.sessions)
-        self.active: List[Journey] = []
-        self.jobs = 0
-        self.done: SimpleQueue[Tuple[Journey, Callable[[Journey, Any], None], Any]] = SimpleQueue()
-        self.pool = ThreadPoolExecutor(self.settings.procs)
+        self.alone = alone  # whether there is one session only
+        self.level = Level(xnat.settings.compression)
+        procs = xnat.settings.procs
+        self.slots = threading.Semaphore(procs)  # uploads and commits
+        self.zips = threading.Semaphore(2 * procs)  # on the disk
+        self.lanes, self.packers = ThreadPoolExecutor(2 * procs), ThreadPoolExecutor(2 * procs)
+
+    def send(self, outcome: Outcome, addresses: List[str]) -> List[str]:
+        """POST what is missing, part by part; the addresses where the session lies now."""
+        side_by_side = self.xnat.takes_side_by_side() and self.xnat.settings.procs > 1
+        # In each lane one after another: what goes into one scan must not meet there.
+        lanes: Dict[str, List[Part]] = defaultdict(list)
+        for part in self.cut(outcome.series, side_by_side and self.alone and not addresses):
+            lanes[part.files[0].series if side_by_side else ""].append(part)
+        jobs = []
+        for lane in lanes.values():
+            jobs.append(self.lanes.submit(self.xnat.programs.guarded, self._send_lane, outcome,
+                                          lane))
+            if not outcome.address:  # the answer to the first part makes the session
+                outcome.answered.wait()
+                outcome.answered.clear()
+        return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
+
+    def cut(self, series: List[Series], opener: bool = False) -> Iterator[Part]:
+        """The parts to send, in order."""
+        most = self.xnat.settings.max_files
+        # While a long session is the only one, nobody works until its first answer has come:
+        # one file is enough to make the session.
+        opener = opener and sum(bool(each.missing) for each in series) > self.xnat.settings.procs
+        for each in series:
+            files = each.missing
+            if opener and files:
+                yield Part(each, files[:1])
+                files, opener = files[1:], False
+            for at in range(0, len(files), most):
+                yield Part(each, files[at:at + most])
+
+    def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
+        """Post parts one after another, the next one packed meanwhile; the addresses."""
+        addresses = []
+        packed: Any = None
+        try:
+            packed = self.packers.submit(self._pack, parts[0])
+            for number, part in enumerate(parts, 1):
+                problems = part.series.problems
+                with ExitStack() as stack:
+                    try:
+                        zipped, room = packed.result()
+                        stack.enter_context(room)
+                    except Trouble as trouble:
+                        problems.append(trouble)
+                    if number < len(parts):
+                        packed = self.packers.submit(self._pack, parts[number])
+                    try:
+                        addresses += [] if problems else [self._post(outcome, part, zipped)]
+                    except Trouble as trouble:
+                        problems.append(trouble)
+                    except OSError as error:
+                        problems.append(unreadable(str(error.filename or "the workdir"), error))
+        finally:
+            outcome.answered.set()
+            if packed:  # after a stop nobody takes it: others wait for its room
+                packed.add_done_callback(lambda job: job.exception() or job.result()[1].close())
+        return addresses
+
+    def _pack(self, part: Part) -> Tuple[str, ExitStack]:
+        """A part's zip, and what holds its place on the disk. Raises Trouble."""
+        assert self.workdir, "a dry run sends nothing"
+        folder = part.series.folder
+        with ExitStack() as stack:
+            if part.series.problems:
+                return "", stack
+            stack.enter_context(self.zips)
+            zipped = stack.enter_context(self.workdir.room_for(part.files))
+            part.series.began = part.series.began or time.monotonic()
+            level = self.level.choose(part.bytes)
+            try:
+                with self.level.timed("packing", str(level), part.bytes):
+                    pack(folder, part.files, zipped, level, self.xnat.programs)
+                made = os.path.getsize(zipped)
+            except OSError as error:
+                raise unreadable(str(error.filename or "the workdir"), error)
+            stack.enter_context(self.level.waits(level, part.bytes, made))
+            self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
+                                 f"{level}, {size(part.bytes)} to {size(made)}")
+            return zipped, stack.pop_all()
+
+    def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
+        """POST a part, and note it; its address. Raises Trouble."""
+        session, series = outcome.session, part.series
+        name, made = f"{session.label} {series.name}", os.path.getsize(zipped)
+        with self.slots, self.xnat.teller.at_work(name, part.files) as moved:
+            with self.level.timed("posting", "", made):
+                address = self.xnat.post(session, series, len(part.files), zipped, moved)
+            self.ledger.add(session, "sent", series=series.name, first=part.files[0].name,
+                            last=part.files[-1].name, files=part_fingerprint(part.files),
+                            address=address)
+            moved(1.0)
+        outcome.address = address
+        outcome.answered.set()
+        for file in part.files:
+            file.missing = False
+        series.sent += len(part.files)
+        series.there += len(part.files)
+        series.bytes += part.bytes
+        series.zipped += made
+        series.seconds = time.monotonic() - series.began
+        series.status = "" if series.missing else "sent"
+        return address
+
+    def close(self) -> None:
+        self.lanes.shutdown()
+        self.packers.shutdown()
+
+
+class Upload:
+    """All sessions on their way from folder to archive, several at a time."""
+
+    ALIKE = 20  # sessions in a row that the server refuses with the same words: none would pass
+
+    def __init__(self, tree: Tree, contents: Contents, sender: Sender) -> None:
+        self.contents = contents
+        self.sender = sender
+        self.xnat = contents.xnat
+        self.settings = self.xnat.settings
+        self.teller = self.xnat.teller
+        self.waiting = iter(tree.sessions)
+        self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
+        self.whole: List[Session] = []  # archived, now or before
+        self.largest: List[int] = []  # bytes of the largest zips that a dry run foresees
+        self._refused: List[str] = []  # the words of the last refusals, while they are alike
+        self._lock = threading.Lock()
+        # While as many sessions as may be posted are on the line, as many are read and packed.
+        self.at_a_time = 1 if self.settings.procs == 1 else 2 * self.settings.procs
+        self.reading = threading.Lock()  # one at a time: the first is sent while others are read
 
     def go(self) -> None:
-        """Run until every session is over. Raises Stop; no job is left, whatever happens."""
+        """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
+        pool = ThreadPoolExecutor(self.at_a_time)
         try:
-            while self._start_jobs():
-                with suppress(Empty):
-                    self._take(*self.done.get(timeout=0.25))
-                if self.teller.stopped:  # by a signal that came where Python drops exceptions
-                    raise self.teller.stopped
+            jobs = {pool.submit(self.xnat.programs.guarded, self._work)
+                    for _ in range(self.at_a_time)}
+            while jobs:
+                done, jobs = wait(jobs, timeout=0.25, return_when=FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+                self.teller.check()
                 self.teller.progress()
-        except BaseException:
+        except BaseException as end:
             self.xnat.programs.stop()
-            raise
+            if isinstance(end, RuntimeError) and "new thread" in str(end):
+                raise Stop("this system starts no more threads: lower --procs")
+            raise (isinstance(end, Stopping) and self.xnat.programs.reason) or end
         finally:
-            self.pool.shutdown()
-            while not self.done.empty():  # what was answered in the last moment counts
-                journey, then, result = self.done.get()
-                if not isinstance(result, BaseException):
-                    self._take(journey, then, result)
+            pool.shutdown()
+            self.sender.close()
 
-    def _start_jobs(self) -> bool:
-        """Give every free worker what may go next; False when nothing is left."""
-        while self.jobs < self.settings.procs:
-            if any(self._start_one(journey) for journey in self.active):
-                continue
-            if self.waiting:
-                self._open(self.waiting.popleft())
-            elif not any(self._start_ahead(journey) for journey in self.active):
-                break
-        return self.jobs > 0
-
-    def _open(self, session: Session) -> None:
-        """Bring a session under way."""
-        journey = Journey(session, self.ledger.of(session), self.settings)
-        if journey.memory.ended == "archived" and self.xnat.archived is not None:
-            journey.looked &= session.label in self.xnat.archived  # deleted since?
-        self.active.append(journey)
-        if journey.looked:
-            self._tell_known(journey)
-        self._close_if_over(journey)
-
-    def _start_one(self, journey: Journey) -> bool:
-        """Start what this session may do next, if anything."""
-        kind, tally = journey.next_job(self.xnat.takes_side_by_side())
-        session, memory = journey.session, journey.memory
-        if kind == "look":
-            self._submit(journey, lambda: self.xnat.look(session, memory, journey.to_send),
-                         self._looked)
-        elif kind == "commit":
-            self._submit(journey, lambda: self.xnat.commit(session, memory), self._settle)
-        elif tally:
-            self._start_part(journey, tally)
-        return bool(kind)
-
-    def _start_ahead(self, journey: Journey) -> bool:
-        """Start packing what this session may post later, if anything."""
-        tally = journey.next_ahead()
-        if tally:
-            self._start_part(journey, tally)
-        return bool(tally)
-
-    def _start_part(self, journey: Journey, tally: Tally) -> None:
-        # While a long session is the only one, nobody works until its first answer has come.
-        waiting = sum(1 for each in journey.tallies if each.parts)
-        alone = not self.waiting and len(self.active) == 1 and waiting > self.settings.procs > 1
-        quick = alone and not journey.jobs and self.xnat.takes_side_by_side()
-        part = journey.next_part(tally, quick)
-        address, turn = journey.memory.address, Turn(tally.last if tally.jobs else None)
-        tally.jobs += 1
-        tally.last = turn
-        tally.started = tally.started or time.monotonic()
-        self._submit(journey, lambda: self.xnat.send(part, self.workdir, address, turn),
-                     lambda journey, outcome: self._sent(journey, tally, part, outcome))
-
-    def _submit(self, journey: Journey, work: Callable[[], Any],
-                then: Callable[[Journey, Any], None]) -> None:
-        def job() -> None:
+    def _work(self) -> None:
+        """One session after another, while there are any."""
+        while not self.xnat.programs.stopping.is_set():
+            with self._lock:
+                session = next(self.waiting, None)
+                if session is None:
+                    return
+                outcome = self.active[session.path] = Outcome(session, [])
             try:
-                self.done.put((journey, then, work()))
-            except BaseException as error:  # the main thread decides
-                self.done.put((journey, then, error))
+                self.one_session(outcome)
+            except Trouble as trouble:
+                outcome.trouble = trouble
+            except OSError as error:
+                outcome.trouble = unreadable(str(error.filename or "the system"), error)
+            with self._lock:
+                del self.active[session.path]
+                self.whole += [session] if outcome.where in ("archived", "there") else []
+            self.teller.session(outcome)
+            self._count_refusals(outcome)
 
-        try:
-            self.pool.submit(job)
-        except RuntimeError:  # of threads or memory
-            raise Stop("this system starts no more threads: lower --procs")
-        self.jobs += 1
-        journey.jobs += 1
+    def _count_refusals(self, outcome: Outcome) -> None:
+        """Raises Stop when the server refuses one session after another with the same words."""
+        troubles = [each for series in outcome.series for each in series.problems]
+        refused = [each.what for each in troubles + [outcome.trouble or Trouble("", "")]
+                   if each.refused]
+        with self._lock:
+            if refused:
+                words = re.sub(r"\S*[\d_./]\S*", "", refused[0])  # names and numbers differ
+                self._refused = [each for each in self._refused if each == words] + [words]
+            elif outcome.where in ("archived", "prearchived") and not outcome.earlier:
+                self._refused = []
+            if len(self._refused) >= self.ALIKE:
+                raise Stop(f"{self.settings.url}: the server refuses everything ({self.ALIKE} "
+                           f"sessions in a row; the last: {refused[0]}): ask the XNAT admin (is "
+                           "its disk full?), then run again")
 
-    def _take(self, journey: Journey, then: Callable[[Journey, Any], None], result: Any) -> None:
-        """Take in the end of a job."""
-        self.jobs -= 1
-        journey.jobs -= 1
-        if isinstance(result, BaseException):
-            raise result
-        then(journey, result)
-        self._close_if_over(journey)
+    # One session
 
-    def _looked(self, journey: Journey, standing: Standing) -> None:
-        session, journey.looked = journey.session, True
-        self._settle(journey, standing)
-        if standing.where == "lost":
-            self.teller.say(f"{session.label}: is no longer in the prearchive: sending it again")
-            journey.tallies = journey.take_stock()
-        if standing.where in ("archived", "lost", "new"):
-            self.ledger.add(session, "opened", before=standing.files)
-        self._tell_known(journey)
+    def one_session(self, outcome: Outcome) -> None:
+        """The whole way of one session, from its folder to the archive. Raises Trouble, Stop."""
+        session, settings, xnat = outcome.session, self.settings, self.xnat
+        outcome.series = series = list_session(session, settings)
+        known = self.sender.ledger.of(session)
+        memory = Memory() if settings.again else known
+        if not settings.dry_run and self._is_known(outcome, memory):
+            return
+        with self.reading, self.teller.at_work(f"reading {session.label}"):
+            read_session(series, self._has_read)
+        images = [image for each in series for image in each.images]
+        gone = known.gone(series)
+        if gone:
+            self.teller.say(f"{session.label}: earlier runs sent images from {some(gone)}, now "
+                            "there are none: see whether that is meant")
+        addresses: List[str] = []
+        if images:
+            self.contents.check_label(session, series, known)
+            if not settings.again:
+                addresses = Comparison(self.contents, outcome, memory).addresses()
+        for each in series:
+            each.there = sum(not image.missing for image in each.images)
+            if each.images and each.there == len(each.images):
+                each.status = "already there"
+        outcome.address = "".join(addresses[-1:])
+        self.teller.plans(series)
+        if settings.dry_run:
+            self._foresee(outcome, addresses)
+            return
+        addresses = self.sender.send(outcome, addresses)
+        outcome.where = "held back" if addresses else "failed"
+        if any(each.problems for each in series):
+            return
+        if has_changed(session, series, settings):
+            raise Trouble("its folder changed while it was sent", "run again when it is still")
+        outcome.where = "not archived"
+        for address in addresses:
+            with self.sender.slots, self.teller.at_work(f"archiving {session.label}"):
+                outcome.address = (xnat.commit(session, address) or
+                                   self.contents.look_again(session, []))
+            if not outcome.address:
+                raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive "
+                              "does not have it", "run again to send it again")
+        self._verify(outcome, images, bool(addresses))
+        self._note(outcome, known)
 
-    def _settle(self, journey: Journey, standing: Standing) -> None:
-        """Write down where the parts of a session are now: archived, for review, or lost."""
-        journey.message, journey.verified = standing.message, standing.files
-        if standing.where in ("archived", "prearchived", "lost"):
-            self.ledger.add(journey.session, standing.where, files=standing.files,
-                            owed=standing.owed, path=standing.path)
+    def _has_read(self) -> None:
+        """One file more has been read. Raises Stopping: thousands may be to come."""
+        self.teller.has_read(1)
+        if self.xnat.programs.stopping.is_set():
+            raise Stopping("stopping")
 
-    def _tell_known(self, journey: Journey) -> None:
-        """Tell of the series that need no sending, and of those that have changed."""
-        for tally in journey.tallies:
-            if tally.status:
-                self.teller.series(journey.session, tally)
-            elif journey.memory.has_changed(tally.series):
-                self.teller.say(f"{journey.session.label} {tally.series.name}: has changed since "
-                                "it was sent: sent again (where the archive has it, XNAT refuses "
-                                "the session unless --overwrite-files)")
+    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
+        """Whether an earlier run has verified this very folder, and it is where that run saw it.
 
-    def _sent(self, journey: Journey, tally: Tally, part: Part, outcome: Outcome) -> None:
-        tally.jobs -= 1
-        tally.tries += outcome.tries
-        tally.status_code = outcome.status
-        tally.seconds = time.monotonic() - tally.started
-        session, here = journey.session, journey.memory.address or outcome.address
-        if outcome.moved and outcome.address != here:
-            self.teller.say(f"{session.label}: XNAT archived what was sent before by itself")
-            self.ledger.add(session, "archived", files=0, owed=0, path="")
-            here = outcome.address
-        if outcome.address and outcome.address != here:
-            message = two_studies("session", [here, outcome.address])
-            outcome = replace(outcome, address="", message=message)
-        if outcome.address:
-            self.ledger.add(journey.session, "sent", series=tally.series.name, address=here,
-                            files=tally.series.fingerprint, **{"from": part.start, "to": part.stop})
-            tally.files += part.stop - part.start
-            tally.bytes += part.bytes
-            tally.zipped += outcome.zipped
-            tally.address = here
+        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
+        has told. Raises Trouble if somebody has deleted it there.
+        """
+        self.contents.check_deleted(outcome.session, memory)
+        waits = memory.ended != "prearchived" or self.contents.waits(outcome.session, memory.path)
+        if not (waits and memory.is_same(outcome.series)):
+            return False  # or its reviewer has archived it: count it there
+        for each in outcome.series:
+            each.there = memory.series[each.name][2] if each.name in memory.series else 0
+            each.status = each.status or ("already there" if each.there else "no DICOM")
+        outcome.where, outcome.earlier, outcome.files = memory.ended, True, memory.files
+        outcome.address = memory.path
+        return True
+
+    def _foresee(self, outcome: Outcome, addresses: List[str]) -> None:
+        """How a real run would go on from here."""
+        series = outcome.series
+        outcome.files = sum(each.there for each in series)
+        outcome.where = ("failed" if any(each.problems for each in series) else
+                         "to send" if any(each.missing for each in series) else
+                         "to archive" if addresses and not self.settings.review else
+                         "there" if outcome.files else "nothing to send")
+        with self._lock:
+            self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
+                zip_room(part.files) for part in self.sender.cut(series)])
+
+    # Verify and note
+
+    def _verify(self, outcome: Outcome, images: List[File], sent: bool) -> None:
+        """Compare the server's count of each series with ours, by Series UID; by the total where
+        a script has changed the UIDs. Too few fails the series, too many is worth a word."""
+        session, series = outcome.session, outcome.series
+        if not images:
+            outcome.where = "nothing to send"
+            return
+        path = outcome.address = outcome.address or self.contents.path(session)
+        outcome.where = "prearchived" if "/prearchive/" in path else "archived"
+        outcome.earlier, outcome.files = not sent, len(images)
+        ours = Counter(image.series for image in images)
+        theirs: Counter[str] = Counter()
+        scans = self.xnat.scans(path) or []
+        if outcome.where == "prearchived" and self.contents.archived(session) is not None:
+            scans += self.xnat.scans(self.contents.path(session)) or []  # what is new waits
+        for scan in scans:
+            theirs[scan.uid] += scan.files
+        if not set(ours) & set(theirs):
+            ours, theirs = Counter({"": len(images)}), Counter({"": sum(theirs.values())})
+        for uid, count in ours.items():
+            if theirs[uid] < count:
+                outcome.files -= count - theirs[uid]
+                trouble = too_few(outcome.where, theirs[uid], count)
+                for each in series:
+                    if any(image.series == uid for image in each.images):
+                        each.problems.append(trouble)
+                outcome.trouble = outcome.trouble if uid else trouble
+            elif theirs[uid] > count:
+                self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
+                                f"folder has {count}: the others come from elsewhere")
+
+    def _note(self, outcome: Outcome, memory: Memory) -> None:
+        """Write down how a session ended, so that the next run knows it by stat alone."""
+        series = memory.renewed([each for each in outcome.series if not each.problems])
+        self.sender.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
+                        files=outcome.files, whole=not outcome.failed(), series=series)
+
+
+def too_few(where: str, theirs: int, ours: int) -> Trouble:
+    return Trouble(f"{where}, but XNAT counts {theirs} files where {ours} should be", "compare it "
+                   "in XNAT with the folder (an import filter may drop some), or run again to send "
+                   "what is missing")
+
+
+def rest_of(upload: Upload) -> List[Outcome]:
+    """What a stop left undone: the sessions on their way, and those that it did not reach."""
+    return list(upload.active.values()) + [Outcome(session, [
+        Series(name, "") for name in session.series]) for session in upload.waiting]
+
+
+def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
+    """The images that are not among a scan's files by their names, and whether that is sure."""
+    left = Counter(names)
+    # Other programs name files by their UID, and XNAT does so with a second file of one name.
+    by_uid = {uid: name for name in names for uid in re.findall(r"\d+(?:\.\d+)+", name)}
+    claims: Dict[str, List[File]] = defaultdict(list)
+    for image in images:
+        if image.sop in by_uid:
+            left[by_uid[image.sop]] = 0
         else:
-            tally.parts.clear()
-            tally.message = tally.message or outcome.message
-        if not tally.parts and not tally.jobs:
-            tally.status = "not sent" if tally.message else "sent"
-            self.teller.series(journey.session, tally)
+            claims[stored_name(image)].append(image)
+    absent: List[File] = []
+    sure = bool(names)
+    for name, claimed in claims.items():
+        absent += claimed[left[name]:]
+        sure = sure and left[name] in (0, len(claimed))  # else: which of them has it?
+        left[name] = 0
+    return absent, sure and not any(left.values())
 
-    def _close_if_over(self, journey: Journey) -> None:
-        """Say how a session ended for which nothing is left to do."""
-        if not journey.jobs and not journey.next_job(False)[0]:
-            self.active.remove(journey)
-            where = journey.where()
-            self._report(journey, journey.message or ("" if where == "archived" else ENDS[where]))
-            self.teller.session(journey)
 
-    def _report(self, journey: Journey, message: str) -> None:
-        """A row in the report for each series; `message` is for all that have none of their own."""
-        for tally in journey.tallies:
-            tally.status = tally.status or "not sent"
-            if tally.status in ("sent", "not sent", "already there"):
-                tally.message = tally.message or message
-            self.teller.report(journey.session, tally)
+def stored_name(image: File) -> str:
+    """The name under which XNAT stores a file (GradualDicomImporter), unless another has it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
-    def tell_rest(self) -> List[str]:
-        """Write into the report what a stop left undone; the series that it did not reach."""
-        waiting = (Journey(each, self.ledger.of(each), self.settings) for each in self.waiting)
-        rest = []
-        for journey in itertools.chain(self.active, waiting):
-            rest += [f"{journey.session.label} {tally.series.name}" for tally in journey.tallies
-                     if not tally.status]
-            self._report(journey, "the run was stopped before its session was whole: run again")
-        return rest
+
+def anew(session: Session, replacing: bool = False) -> str:
+    """How to send all of a session again."""
+    return (f"to send it anew, add {'--overwrite-files ' * replacing}--again --only "
+            f"{shlex.quote(glob.escape(session.path))}")
 
 
 # ---- telling -------------------------------------------------------------------------------
 
 
-REPORT = ("subject", "session", "series", "label", "status", "files", "not-DICOM files",
-          "bytes sent", "seconds", "tries", "HTTP status", "server's address", "message")
 # How a session ended, in words.
 ENDS = {
     "archived": "archived",
     "prearchived": "in the prearchive, waiting for review",
-    "sent": "sent, in the prearchive until XNAT archives it (--no-commit)",
     "not archived": "not archived",
-    "held back": "held back in the prearchive until every series is sent",
+    "held back": "held back in the prearchive",
     "failed": "not there",
     "nothing to send": "nothing to send",
+    "to send": "would be sent",
+    "to archive": "in the prearchive, would be archived",
+    "there": "already there",
 }
+RED, GREEN, YELLOW = 31, 32, 33
+COLOURS = {"archived": GREEN, "already there": GREEN, "sent": GREEN, "would be sent": GREEN,
+           "would send": GREEN, "All is there": GREEN, "in the prearchive": YELLOW,
+           "held back": YELLOW, "not archived": RED, "not there": RED, "not sent": RED,
+           "damaged": RED, "packed": RED, "Failed": RED}
 
 
-class Teller:
-    """The one place that prints: results to stdout, the rest to stderr, all of it to the log."""
+class Failure(NamedTuple):
+    """What somebody has to look at: where, what, and what to do."""
+
+    where: str
+    what: str
+    to_do: str
+
+    @property
+    def kind(self) -> str:
+        """The same for all of one kind: names and numbers do not count, what a server says does."""
+        what = re.sub(r" \((?!HTTP|curl)[^()]*\)", "", self.what)
+        what = re.sub(r"^\S.*? (?=(is|are|has|cannot|does|changed|could) )", "", what)
+        what = what if "(" in what else what.partition(": ")[0].replace("files", "file")
+        return re.sub(r"\S*[\d_./]\S*", "*", f"{what}: {self.to_do}")
+
+
+class Screen:
+    """Standard output and error: plain lines, and on a terminal one line that moves."""
+
+    def __init__(self) -> None:
+        clever = os.environ.get("TERM") != "dumb"
+        self.moves = sys.stderr.isatty() and clever
+        self._coloured = sys.stdout.isatty() and clever and not os.environ.get("NO_COLOR")
+        self._shown = False  # whether the moving line is there
+        self.heard = self._drawn = time.monotonic()  # a line; the moving one
+
+    def show(self, stream: TextIO, text: str, at: int = -1) -> None:
+        """A line; on a terminal broken between words, and the status word at `at` in a colour."""
+        self._erase()
+        self.heard = time.monotonic()
+        lines = [printable(text)]
+        if stream.isatty() and "python3 " not in text:  # a command is there to be copied
+            lines = wrapped(lines[0], terminal_width(stream))
+        first = lines[0]
+        word = next((each for each in COLOURS if at >= 0 and first.startswith(each, at)), "")
+        if word and self._coloured:
+            lines[0] = first[:at] + f"\033[{COLOURS[word]}m{word}\033[0m" + first[at + len(word):]
+        put(stream, "".join(line + "\n" for line in lines))
+
+    def move(self, text: Callable[[], str]) -> None:
+        """Draw the moving line anew, ten times a second at most."""
+        if time.monotonic() > self._drawn + 0.1:
+            self._drawn = time.monotonic()
+            self._erase()
+            put(sys.stderr, fitting(text(), min(80, terminal_width(sys.stderr)) - 1))
+            self._shown = True
+
+    def _erase(self) -> None:
+        if self._shown:
+            put(sys.stderr, "\r\033[K")
+            self._shown = False
+
+
+class Papers:
+    """Log and report of a run, in the workdir and for their owner only."""
+
+    def __init__(self) -> None:
+        self.report_path = ""
+        self.broken: Optional[Stop] = None  # they cannot be written
+        self.order: List[Session] = []  # whose rows are still to come, the next one last
+        self._handles: Dict[str, int] = {}
+        self._early: Dict[Session, str] = {}  # rows of sessions that have overtaken others
+
+    def open(self, settings: Settings) -> None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        base = next(base for base in itertools.chain([first], (
+            f"{first}-{number}" for number in itertools.count(2)))  # for runs within one second
+            if not os.path.exists(base + ".log"))
+        self.report_path = base + ".csv"
+        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
+            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def write(self, kind: str, text: str) -> None:
+        raw = text.encode("utf-8", "backslashreplace")
+        try:
+            if kind in self._handles and os.write(self._handles[kind], raw) < len(raw):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._handles.clear()  # what ends the run must not keep its summary back
+            self.broken = Stop(f"{kind} beside {self.report_path}: cannot be written "
+                               f"({error.strerror}): make room, then run again")
+
+    def report(self, session: Session, rows: Iterable[Dict[str, Any]]) -> None:
+        """A session's rows, in the order of the folders."""
+        self._early[session] = "".join(csv_line(each.values()) for each in rows)
+        if len(self._early) > 999:  # memory has its bounds
+            self.order.clear()
+        while self._early and (not self.order or self.order[-1] in self._early):
+            self.write("report", self._early.pop(self.order.pop() if self.order else
+                                                 next(iter(self._early))))
+
+
+class Lines:
+    """Results to stdout, the rest to stderr, all of it to the log; and how far the run is."""
 
     HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
 
     def __init__(self) -> None:
-        self.failures: List[str] = []
-        self.report_path = ""
-        self.quiet = self.verbose = False
+        self.failures: List[Failure] = []
+        self.settings: Optional[Settings] = None
         self.stopped: Optional[Stop] = None  # by a signal
-        self._sessions: Counter[str] = Counter()
-        self._series: Counter[str] = Counter()
-        self._files = self._bytes = self._zipped = 0
+        self._screen, self._papers = Screen(), Papers()
+        self._counts: Counter[str] = Counter()  # of sessions, files and bytes
         self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
-        self._goal = (0, 0)  # series and bytes to send
-        self._widths = (0, 0)  # of labels and of series names
-        self._began = self._heard = self._drawn = time.monotonic()
+        self._total = 0  # sessions
+        self._began = time.monotonic()
         self._lock = threading.RLock()
-        self._handles: Dict[str, int] = {}  # of log and report, once they are open
-        self._moves = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._shown = False  # whether the moving line is on the screen
+
+    def _has(self, switch: str) -> bool:
+        return bool(getattr(self.settings, switch, False))
 
     def open_files(self, settings: Settings) -> None:
-        """Begin log and report in the workdir, readable by their owner only."""
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
-        base = first
-        for number in itertools.count(2):  # for runs within one second
-            if not os.path.exists(base + ".log"):
-                break
-            base = f"{first}-{number}"
-        self.report_path = base + ".csv"
-        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
-            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._write("report", csv_line(REPORT))
+        """Begin log and report in the workdir."""
+        self._papers.open(settings)
+        self._papers.write("report", csv_line(row_of(Outcome(Session("", ""), []), Series("", ""))))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
+
+    def check(self) -> None:
+        """Raises Stop if a signal came where Python drops exceptions, or the log is full."""
+        if self.stopped or self._papers.broken:
+            raise self.stopped or self._papers.broken  # type: ignore[misc]
 
     # One line
 
     def log(self, text: str) -> None:
         """A line for the log only; with --verbose on stderr too."""
-        self._keep(text)
-        if self.verbose:
-            self._show(sys.stderr, f"  {text}")
+        self._tell(text, [f"  {text}"] if self._has("verbose") else [])
 
-    def line(self, text: str = "", important: bool = True) -> None:
-        """A result: a line on stdout and in the log. --quiet shows only what is `important`."""
-        self._keep(text)
-        if important or not self.quiet:
-            self._show(sys.stdout, text)
+    def line(self, text: str = "", important: bool = True, at: int = -1) -> None:
+        """A result: a line on stdout and in the log. --quiet shows only what is `important`.
+        Its status word, if it has one, begins at `at`."""
+        self._tell(text, [text] if important or not self._has("quiet") else [], sys.stdout, at)
 
     def say(self, text: str, drawing: str = "") -> None:
         """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
-        self._keep(text)
-        for line in (f"dicomUpload: {text}", *drawing.splitlines()):
-            self._show(sys.stderr, line)
+        self._tell(text, [f"dicomUpload: {text}", *drawing.splitlines()])
 
-    def _keep(self, text: str) -> None:
-        self._write("log", f"{now()} {printable(text)}\n")
-
-    def _write(self, kind: str, text: str) -> None:
+    def _tell(self, text: str, shown: List[str], stream: Optional[TextIO] = None, at: int = -1
+              ) -> None:
         with self._lock:
-            if kind in self._handles:
-                try:
-                    os.write(self._handles[kind], text.encode("utf-8", "backslashreplace"))
-                except OSError as error:
-                    self._handles.clear()  # so that this can be said
-                    raise Stop(f"{kind} beside {self.report_path}: cannot be written "
-                               f"({error.strerror}): make room, then run again")
+            self._papers.write("log", f"{now()} {printable(text)}\n")
+            for line in shown:
+                self._screen.show(stream or sys.stderr, line, at)
 
-    def _show(self, stream: TextIO, text: str) -> None:
-        """Print a line."""
+    def fail(self, where: str, trouble: Trouble) -> None:
+        """Keep a failure for the summary."""
         with self._lock:
-            self._erase()
-            self._heard = time.monotonic()
-            coding = stream.encoding or "ascii"
-            put(stream, printable(text).encode(coding, "backslashreplace").decode(coding) + "\n")
+            self.failures.append(Failure(where, trouble.what, trouble.to_do))
 
     # While it goes on
 
     @contextmanager
-    def at_work(self, name: str, files: int = 0, total: int = 0
-                ) -> Iterator[Callable[[float], None]]:
-        """While something goes on: a way to tell which share of its `total` bytes has gone out."""
-        mine = object()
+    def at_work(self, name: str, files: Sequence[File] = ()) -> Iterator[Callable[[float], None]]:
+        """While something goes on: a way to tell which share of the files' bytes has gone out."""
+        mine, total = object(), sum(each.bytes for each in files)
 
         def moved(share: float) -> None:
             with self._lock:
@@ -1862,237 +2775,382 @@ class Teller:
         finally:
             with self._lock:
                 if self._at_work.pop(mine)[1] == total:
-                    self._files += files
-                    self._bytes += total
+                    self._counts.update({"files": len(files), "bytes": total})
+
+    def walking(self, tree: Tree) -> None:
+        """The walk has come so far."""
+        with self._lock:
+            self._at_work[self] = (f"walking: {plural(len(tree.sessions), 'session')} so far", 0.0)
+        self.progress()
+
+    def has_read(self, files: int) -> None:
+        with self._lock:
+            self._counts["read"] += files
+
+    def plans(self, series: List[Series]) -> None:
+        """A session has been read: so much of it is to be sent."""
+        with self._lock:
+            planned = sum(image.bytes for each in series for image in each.missing)
+            self._counts.update({"planned": planned, "looked": 1})
 
     def progress(self) -> None:
         """On a terminal the one moving line; elsewhere a line now and then."""
         with self._lock:
-            moment = time.monotonic()
-            if self._moves and not self.quiet and moment > self._drawn + 0.1:
-                self._drawn = moment
-                columns = 0
-                with suppress(OSError):
-                    columns = os.get_terminal_size(sys.stderr.fileno()).columns
-                self._erase()
-                put(sys.stderr, fitting(self._standing(), (columns or 80) - 1))
-                self._shown = True
-            elif not (self._moves or self.quiet) and moment > self._heard + self.HEARTBEAT:
+            if self._has("quiet"):
+                return
+            if self._screen.moves:
+                self._screen.move(self._standing)
+            elif time.monotonic() > self._screen.heard + self.HEARTBEAT:
                 self.say(f"still at work: {self._standing()}")
 
     def _standing(self) -> str:
-        """How far it is, how fast, how long it will take, and what is going on."""
-        series, total = self._goal
-        sent = self._bytes + sum(each for _, each in self._at_work.values())
+        """How far it is, how fast, about how long it will take, and what is going on."""
+        names = "".join([name for name, _ in self._at_work.values()][:1])
+        if not self._total:
+            return f"[{names}]"
+        counts, done = self._counts, self._counts["done"]
+        sent = counts["bytes"] + sum(each for _, each in self._at_work.values())
         rate = sent / max(1.0, time.monotonic() - self._began)
-        left = "  waiting for XNAT" if sent else ""
-        if 0 < sent < 0.99 * total:
-            left = f"  {duration((total - sent) / rate)} left"
-        names = [name for name, _ in self._at_work.values()][:1]
-        return (f"[{self._series['sent']} of {series} series  {size(sent)} of {size(total)}  "
-                f"{size(rate)}/s{left}]  {''.join(names)}")
+        words = [f"{done:,} of {plural(self._total, 'session')}"]
+        words += [f"{counts['failed']:,} failed"] if counts["failed"] else []
+        words += [size(sent), f"{size(rate)}/s"] if sent else [f"{counts['read']:,} files read"]
+        # As if those that are not read yet were like those that are.
+        left = counts["planned"] / max(1, done, counts["looked"]) * self._total - sent
+        if 0 < sent < 99 * left:
+            words.append(f"about {duration(left / rate)} left")
+        return f"[{'  '.join(words)}]  {names}"
 
-    def _erase(self) -> None:
-        if self._shown:
-            put(sys.stderr, "\r\033[K")
-            self._shown = False
 
-    # Before
+class Teller(Lines):
+    """What a run tells: what is about to happen, how each session ended, and the end."""
 
-    def plan(self, plan: Plan, to_send: List[Part]) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: Counter[str] = Counter()  # of sessions
+        self._statuses: Counter[str] = Counter()  # of series
+        self._kinds: Counter[str] = Counter()  # of files that were not sent
+        self._widths = (0, 0)  # of labels and of series names
+
+    def begin(self, tree: Tree, xnat: Xnat) -> None:
         """What is about to happen, in a few lines."""
-        pairs = list(plan.pairs())
-        series = {id(part.series) for part in to_send}
-        files = sum(part.stop - part.start for part in to_send)
-        self._goal = (len(series), sum(part.bytes for part in to_send))
-        self._widths = (max((len(session.label) for session in plan.sessions), default=0),
-                        min(40, max((len(printable(each.name)) for _, each in pairs), default=0)))
-        self._began = time.monotonic()
-        subjects = len({session.subject_label for session in plan.sessions})
-        left_out = sum(1 for _, each in pairs if each.left_out)
-        self.line(f"{plural(subjects, 'subject')}, {plural(len(plan.sessions), 'session')}: "
-                  f"{len(series):,} series to send ({plural(files, 'file')}, "
-                  f"{size(self._goal[1])}), {left_out:,} left out", important=False)
-        if plan.not_chosen:
-            self.line(f"{plural(plan.not_chosen, 'session')} left out by --only", important=False)
-        named = " (named in the log)" if self._handles else ""
-        junk = sum(each.not_dicom for _, each in pairs)
-        if junk:
-            self.line(f"{plural(junk, 'file')} not DICOM{named}: not sent")
-        if plan.strays:
-            self.say(f"{plan.strays[0]}: {plural(len(plan.strays), 'file')} where folders "
-                     f"belong{named}: not sent")
-        for stray in plan.strays:
+        settings, series, widest = xnat.settings, 0, 0
+        out: Counter[str] = Counter()
+        for _, name in tree.pairs():
+            series, widest = series + 1, max(widest, len(name))
+            out.update(filter(None, [settings.left_out(name)]))
+        labels = [session.label for session in tree.sessions]
+        self._at_work.pop(self, None)
+        self._total, self._began = len(tree.sessions), time.monotonic()
+        self._widths = max(map(len, labels), default=0), min(40, widest)
+        self._papers.order = tree.sessions[::-1]
+        by = ", ".join(f'"{name}" {count:,}' for name, count in sorted(out.items()))
+        subjects = plural(len({session.subject for session in tree.sessions}), "subject")
+        lines = [f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
+                 f"{settings.user}",
+                 f"{subjects}, {plural(self._total, 'session')}, {series:,} series: "
+                 f"{sum(out.values()):,} left out" + (f" ({by})" if by else "")]
+        if tree.not_chosen:
+            lines.append(f"{plural(tree.not_chosen, 'session')} left out by --only or --shard")
+        lines += [f"{session.path} becomes session {label} of subject {session.subject_label}"
+                  for session, label in zip(tree.sessions, labels)
+                  if label != session.path.rstrip("/").replace("/", "_")]
+        for line in lines:
+            self.line(line, important=False)
+        for pattern in sorted(tree.idle):
+            self.say(f"--only {pattern}: chooses none of the sessions: give subject or "
+                     "subject/session, as the folders go")
+        if tree.strays:
+            self.say(f"{tree.strays[0]}: {plural(len(tree.strays), 'file')} where folders belong: "
+                     "not sent")
+        for stray in tree.strays:
             self.log(f"where a folder belongs: {stray}")
-        for folder, names in plan.loose.items():
-            count = plural(len(names), "DICOM file")
-            self.failures.append(f"{folder}: {count} where folders belong"
-                                 f" ({names[0]}): put them into a series folder, then run again")
-        for session in plan.sessions:
-            if session.label != session.path.rstrip("/").replace("/", "_"):
-                self.line(f"{session.path} becomes session {session.label} of subject "
-                          f"{session.subject_label}", important=False)
+        self._kinds["no data"] = len(tree.no_data)
+        for path in tree.no_data:
+            self.log(f"no data: {path}")
         self.line(important=False)
 
-    def dry_run(self, plan: Plan, to_send: List[Part], ledger: Ledger, settings: Settings,
-                not_dicom: List[str]) -> None:
-        """Every series with what would become of it, and whether there is room."""
-        for session in plan.sessions:
-            self.line(f"{session.path} goes to subject {session.subject_label}, session "
-                      f"{session.label}{'' if session.series else ': nothing to send'}",
-                      important=False)
-            journey = Journey(session, ledger.of(session), settings)
-            for tally in journey.tallies:
-                detail = tally.message
-                if not tally.status:
-                    files = sum(part.stop - part.start for part in tally.parts)
-                    total = sum(part.bytes for part in tally.parts)
-                    detail = f"{plural(files, 'file'):>11}  {size(total):>8}"
-                    if journey.memory.has_changed(tally.series):
-                        detail += "  (has changed since it was sent)"
-                self._series_line(session.label, tally.series, tally.status or "would send", detail)
-        self.line()
-        for each in not_dicom[:20]:
-            self.line(each)
-        if not_dicom[20:]:
-            self.line(f"not DICOM: {plural(len(not_dicom) - 20, 'file')} more")
-        folder = os.path.abspath(settings.workdir)
+    def session(self, outcome: Outcome) -> None:
+        """A session is over: its line, one for each series that needs a person, its rows."""
+        with self._lock:
+            failed, verbose = outcome.failed(), self._has("verbose")
+            if outcome.where == "nothing to send" and failed:
+                outcome.where = "failed"
+            for series in outcome.series:
+                self._one_series(outcome, series)
+            if outcome.trouble:
+                self.fail(outcome.session.label, outcome.trouble)
+            self._counts.update({"done": 1, "failed": failed})
+            line = f"{outcome.session.label:<{self._widths[0]}}  {self._end(outcome)}"
+            if self.settings and verbose:
+                line += f"  {page_of(outcome, self.settings.url)}"
+            if verbose or failed or not outcome.earlier or not self._screen.moves:
+                self.line(line.rstrip(), failed, self._widths[0] + 2)
+            else:
+                self._tell(line, [])  # on a terminal a rerun shows what is new
+            self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        url = self.settings.url if self.settings else ""
+        self._papers.report(outcome.session, [row_of(outcome, each, url)
+                                              for each in outcome.series])
+
+    def _end(self, outcome: Outcome) -> str:
+        """How it ended, with what a line says beside."""
+        there = outcome.where in ("archived", "prearchived")
+        end = ENDS["there" if outcome.earlier and outcome.where == "archived" else outcome.where]
+        self._ends[end] += 1
+        if outcome.trouble:
+            what = outcome.trouble.what
+            return what if what.startswith(end) else f"{end}: {what}"
+        if outcome.where == "to send":
+            return f"{end}: {amount(image for each in outcome.series for image in each.missing)}"
+        total = sum(len(each.images) for each in outcome.series)
+        count = plural(outcome.files, "file") if outcome.files >= total else (
+            f"only {outcome.files:,} of {plural(total, 'file')}")
+        return end + f", {count}" * (there or outcome.where == "there") + (
+            " verified" if there and not outcome.earlier else "")
+
+    def _one_series(self, outcome: Outcome, series: Series) -> None:
+        label, dry, need = outcome.session.label, self._has("dry_run"), series.wants_a_person()
+        name = f"{label} {series.name}"
+        if not series.status or series.problems and series.status == "already there":
+            good = dry and not (series.problems or outcome.trouble)
+            series.status = "would send" if good else "not sent"
+        self._statuses[series.status] += 1
+        wrong = troubles(series)
+        for trouble in wrong:
+            self.fail(name, trouble)
+        for kind, names in (("damaged", series.damaged), ("packed", series.packed),
+                            ("copy", series.copies), ("not DICOM", series.not_dicom),
+                            ("no data", series.no_data)):
+            self._kinds[kind] += len(names)
+            for each in names:
+                self._tell(f"{kind}: {outcome.session.path}/{series.name}/{each}", [])
+        if dry or need or self._has("verbose"):
+            shown = printable(series.name)
+            shown += " " * (self._widths[1] - width_of(shown))
+            start = f"{label:<{self._widths[0]}}  {shown}  "
+            marked = need and not series.problems  # of such a line what is wrong has the colour
+            self.line(f"{start}{series.status:<13}  "
+                      f"{'; '.join([each.what for each in wrong] + detail(series))}".rstrip(),
+                      need, len(start) + 15 * marked)
+
+    def summary(self, upload: Upload, again: bool) -> None:
+        """The end: each failure again, how much is there, what a stop left, and what to do."""
+        dry, rest, line = upload.settings.dry_run, rest_of(upload), self.line
+        for outcome in rest:
+            for each in outcome.series:
+                each.status = each.status or "not sent"
+                each.message = each.message or ("the run was stopped before its session was whole: "
+                                                "run again")
+            self._report(outcome)
+        room = self._room(upload) if dry else ""
+        self._tell_failures()
+        line(important=False)
+        self._tell_counts(upload, len(rest))
+        if room:
+            line(room)
+        if rest:
+            line(f"Not finished: {some([outcome.session.label for outcome in rest], 5)}")
+        halves = [outcome.session.label for outcome in rest if outcome.where == "failed"
+                  and (outcome.address or any(each.sent for each in outcome.series))]
+        if halves:
+            line(f"Not whole in the prearchive, do not archive by hand: {some(halves)}")
+        if self._ends[ENDS["prearchived"]]:
+            line("Those in the prearchive wait for review: somebody must archive them there.")
+        if self._papers.report_path:
+            line(f"Report: {self._papers.report_path}")
+        if dry:
+            line(f"Nothing was sent. To send: {upload.settings.command}")
+        elif not (self.failures or rest or self.saw_only_junk()):
+            line("All is there.", at=0)
+        elif again and not self.saw_only_junk():
+            fix = any(not each.to_do.startswith("run again") for each in self.failures)
+            line(("Fix what failed, then run" if fix else "Run") +
+                 f" the same command again to finish: {upload.settings.command}")
+
+    def saw_only_junk(self) -> bool:
+        """Whether there were files, and no DICOM among them."""
+        return bool(self._kinds["not DICOM"]) and set(self._ends) == {ENDS["nothing to send"]}
+
+    def _tell_failures(self) -> None:
+        """Under one heading, those of one kind as one entry: what it is, below it what to do."""
+        kinds: Dict[str, List[Failure]] = defaultdict(list)
+        for failure in sorted(self.failures):
+            kinds[failure.kind].append(failure)
+        if kinds:
+            self.line(important=False)
+            self.line(f"Failed ({len(self.failures):,}):", at=0)
+        for first, *more in kinds.values():
+            self.line(f"  {first.where}: {first.what}")
+            if more:
+                self.line(f"      and {len(more):,} more like it: "
+                          f"{some([each.where for each in more], 3)}")
+            self.line(f"      {first.to_do}")
+
+    def _tell_counts(self, upload: Upload, rest: int) -> None:
+        """How many of everything."""
+        ends = self._ends + Counter({"not finished": rest})
+        for noun, counts in (("session", ends), ("series", self._statuses)):
+            parts = ", ".join(f"{count:,} {word}" for word, count in counts.most_common())
+            count = sum(counts.values())
+            self.line(f"{plural(count, noun, noun.rstrip('s') + 's')}: {parts or 'none'}.")
+        parts = ", ".join(plural(count, word, {"copy": "copies", "no data":
+                          "no data by their names"}.get(word, word))
+                          for word, count in self._kinds.most_common() if count)
+        if parts:
+            named = " (named in the log)" if self._papers.report_path else ""
+            self.line(f"Files not sent: {parts}{named}.")
+        seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
+        if self._counts["files"]:
+            levels = [level for level, _ in upload.sender.level.used.most_common(2)]
+            self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), "
+                      f"{'mostly ' if levels[1:] else ''}zipped at level {levels[0]}.")
+
+    def _room(self, upload: Upload) -> str:
+        """What a dry run says of the workdir's disk."""
+        folder = os.path.abspath(upload.settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         free = shutil.disk_usage(folder).free
-        need = [part.room for part in heapq.nlargest(settings.procs, to_send, lambda p: p.room)]
-        self.line(f"Room for zips in {settings.workdir}: {size(free)} free, up to "
-                  f"{size(sum(need))} needed at once")
-        if need and need[0] > free:
-            self.failures.append(f"workdir {settings.workdir}: too full for the largest zip "
-                                 f"({size(need[0])}): make room, or lower --max-files")
-        for failure in self.failures:
-            self.line(f"Would not be sent: {failure}")
-        self.line(f"Nothing was sent and nobody contacted. To send: {settings.command}")
+        if upload.largest and upload.largest[0] > free:
+            self.fail(f"workdir {upload.settings.workdir}", Trouble(
+                f"is too full for the largest zip ({size(upload.largest[0])})",
+                "make room, or lower --max-files"))
+        return (f"Room for zips in {upload.settings.workdir}: {size(free)} free, up to "
+                f"{size(sum(upload.largest))} needed at once")
 
-    # After
 
-    def _series_line(self, label: str, series: Series, status: str, detail: str) -> None:
-        widths, failed = self._widths, status == "not sent"
-        if failed:
-            self.failures.append(f"{label} {series.name}: {detail}")
-        if series.not_dicom and series.files:
-            detail += f"  ({series.not_dicom} not DICOM)"
-        self.line(f"{label:<{widths[0]}}  {printable(series.name):<{widths[1]}}  {status:<13} "
-                  f"{detail}".rstrip(), important=failed)
+def row_of(outcome: Outcome, series: Series, url: str = "") -> Dict[str, Any]:
+    """A series in the report."""
+    session = outcome.session
+    message = "; ".join(filter(None, [*map(str, troubles(series)), series.message]))
+    if not message and series.status not in ("left out", "no DICOM", "copy"):
+        message = str(outcome.trouble or "") or (
+            ENDS[outcome.where] if outcome.where not in ("archived", "there") else "")
+    return {
+        "subject": session.subject, "session": session.name, "series": series.name,
+        "label": session.label, "status": series.status, "files": series.there,
+        "copies": len(series.copies), "damaged files": len(series.damaged),
+        "not-DICOM files": len(series.not_dicom), "bytes sent": series.zipped,
+        "seconds": f"{series.seconds:.1f}", "tries": series.tries,
+        "HTTP status": series.http or "", "server's address": outcome.address,
+        "open in a browser": page_of(outcome, url), "message": message}
 
-    def series(self, session: Session, tally: Tally) -> None:
-        """One line for a series that is settled."""
-        detail = tally.message
-        self._series[tally.status] += 1
-        if tally.status == "sent":
-            detail = (f"{plural(tally.files, 'file'):>11}  {size(tally.bytes):>8}  "
-                      f"{tally.seconds:.1f} s")
-            self._zipped += tally.zipped
-        self._series_line(session.label, tally.series, tally.status, detail)
 
-    def report(self, session: Session, tally: Tally) -> None:
-        """One row in the report."""
-        subject, _, name = session.path.partition("/")
-        files = tally.files if tally.status == "sent" else tally.series.files
-        row = (subject, name, tally.series.name, session.label, tally.status, files,
-               tally.series.not_dicom, tally.zipped, f"{tally.seconds:.1f}", tally.tries,
-               tally.status_code or "", tally.address, tally.message)
-        self._write("report", csv_line([cell(each) for each in row]))
+def page_of(outcome: Outcome, url: str) -> str:
+    """The address under which a person finds the session."""
+    address = outcome.address
+    return "" if not address else url + ("/app/template/XDATScreen_prearchives.vm" if (
+        "/prearchive/" in address) else f"{address}?format=html")
 
-    def session(self, journey: Journey) -> None:
-        """One line for a session that is over."""
-        where, label = journey.where(), journey.session.label
-        self._sessions[where] += 1
-        text = ENDS[where]
-        if journey.message:
-            self.failures.append(f"{label}: {journey.message}")
-            text = journey.message
-        elif where in ("archived", "prearchived"):
-            files = plural(journey.verified, "file")
-            text += f", {files} verified" if journey.verified else ", counted by an earlier run"
-            self._sessions["earlier"] += not journey.verified
-        self.line(f"{label}  {text}", important=journey.failed())
 
-    def summary(self, run: Run, rest: List[str], again: bool) -> None:
-        """The end: how much is there, each failure again, what a stop left, and what to do."""
-        ends, seconds = self._sessions, time.monotonic() - self._began
-        unfinished = len(run.active) + len(run.waiting)
-        total = sum(ends.values()) - ends["earlier"] + unfinished
-        there = ends["archived"] + ends["prearchived"]
-        words = [f"{there} of {plural(total, 'session')} archived and verified"]
-        if ends["prearchived"]:
-            words = [f"{there} of {plural(total, 'session')} verified, {ends['prearchived']} of "
-                     "them in the prearchive"]
-        if ends["earlier"]:
-            words[0] += f" ({ends['earlier']} of them by an earlier run)"
-        words += [f"{ends[end]} {end}" for end in ("sent", "not archived", "held back", "failed",
-                                                   "nothing to send") if ends[end]]
-        words += [f"{unfinished} not finished"] if unfinished else []
-        self.line(important=False)
-        self.line("; ".join(words) + ".")
-        counts = (f"{self._series[status]:,} {word}" for status, word in (
-            ("sent", "sent"), ("already there", "already there"), ("left out", "left out"),
-            ("no DICOM", "without DICOM"), ("not sent", "failed")) if self._series[status])
-        self.line(f"Series: {', '.join(counts) or 'none finished'}.")
-        if self._files:
-            self.line(f"{plural(self._files, 'file')}, {size(self._bytes)} "
-                      f"({size(self._zipped)} zipped) in {duration(seconds)} "
-                      f"({size(self._bytes / max(seconds, 0.1))}/s).")
-        halves = [journey.session.label for journey in run.active if journey.memory.address]
-        if halves:
-            self.line(f"Not whole in the prearchive, do not archive by hand: {', '.join(halves)}")
-        for failure in self.failures:
-            self.line(f"Not there: {failure}")
-        for name in rest[:20]:
-            self.line(f"Not there: {name}: not reached, the run was stopped")
-        if rest[20:]:
-            self.line(f"Not there: {len(rest) - 20:,} series more, named in the report")
-        if (self.failures or unfinished) and again:
-            self.line(f"Run the same command again to finish: {run.settings.command}")
-        elif not (self.failures or unfinished or ends["sent"]):
-            self.line("All is there.")
-        if ends["prearchived"]:
-            self.line("Those in the prearchive wait for review: somebody must archive them there.")
-        if ends["sent"]:
-            self.line("What is sent waits for XNAT to archive it, and is not verified: run again "
-                      "later without --no-commit.")
-        self.line(f"Report: {self.report_path}")
+def troubles(series: Series) -> List[Trouble]:
+    """What is wrong with a series, that of one kind as one."""
+    alike: Dict[str, List[Trouble]] = defaultdict(list)
+    for each in series.problems:
+        alike[Failure("", each.what, each.to_do).kind].append(each)
+    found = [Trouble("; ".join(each.what for each in same[:3]) + (
+        f"; and {len(same) - 3:,} more like it" if same[3:] else ""), same[0].to_do)
+        for same in alike.values()]
+    if series.damaged:
+        found.append(Trouble(f"damaged: {some(series.damaged)}", "copy from the source again, then "
+                             "run again; the others are sent"))
+    if series.packed:
+        found.append(Trouble(f"packed: {some(series.packed)}", "unpack it, then run again"))
+    return found
+
+
+def detail(series: Series) -> List[str]:
+    """What a line says of a series beside its status and what is wrong with it."""
+    words, others = [series.message], series.there - series.sent
+    if series.status == "sent":
+        words += [f"{plural(series.sent, 'file')}, {size(series.bytes)}", f"{series.seconds:.1f} s"]
+    elif series.status == "would send":
+        words.append(amount(series.missing))
+    if others > 0:
+        words.append(plural(others, "file") + " already there" * bool(words[1:]))
+    if series.copies and series.status != "copy":
+        words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies)}")
+    if series.not_dicom and series.images:
+        words.append(f"{len(series.not_dicom):,} not DICOM: {some(series.not_dicom, 2)}")
+    return list(filter(None, words))
+
+
+def amount(images: Iterable[File]) -> str:
+    """How many files, and how large they are."""
+    sizes = [image.bytes for image in images]
+    return f"{plural(len(sizes), 'file')}, {size(sum(sizes))}"
+
+
+def some(names: Sequence[str], most: int = 20) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def put(stream: TextIO, text: str) -> None:
-    """Write at once. A reader that has gone away (`| head`, a terminal) stops no upload."""
+    """Write at once. A reader that has gone away (`| head`, a terminal) stops no upload; one that
+    is slow for a moment loses no line."""
+    raw = text.encode(stream.encoding or "ascii", "backslashreplace")
     try:
+        handle = stream.fileno()
+        while raw:
+            try:
+                raw = raw[os.write(handle, raw):]
+            except BlockingIOError:
+                select.select([], [handle], [], 1.0)
+    except io.UnsupportedOperation:  # no file behind it
         stream.write(text)
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def csv_line(row: Sequence[object]) -> str:
+def terminal_width(stream: TextIO) -> int:
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
+
+
+def csv_line(row: Iterable[object]) -> str:
+    """A row in which no spreadsheet takes a name for a formula."""
     text = io.StringIO()
-    csv.writer(text).writerow(row)
+    csv.writer(text).writerow("'" * (str(each)[:1] in tuple("=+-@")) + printable(str(each))
+                              for each in row)
     return text.getvalue()
 
 
+def width_of(text: str) -> int:
+    """Columns on a terminal: letters of some scripts are two wide, accents none."""
+    return sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in text
+               if not unicodedata.combining(each))
+
+
 def fitting(text: str, columns: int) -> str:
-    """As much of `text` as fits: letters of some scripts are two columns wide, accents none."""
-    widths = itertools.accumulate(
-        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
-        for each in printable(text))
-    return "".join(each for each, width in zip(printable(text), widths) if width <= columns)
+    """As much of `text` as fits."""
+    text = printable(text)
+    while width_of(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def wrapped(text: str, columns: int) -> List[str]:
+    """`text` in lines that fit, broken between words where it can be, with the rest indented."""
+    lines, indent = [""], " " * (len(text) - len(text.lstrip()) + 4)
+    for word in re.findall(r" *[^ ]+", text):
+        if lines[-1].strip() and width_of(lines[-1] + word) > columns:
+            lines.append(indent + word.strip())
+        else:
+            lines[-1] += word
+    return lines
 
 
 def printable(text: str) -> str:
     """`text` with control characters, line breaks and bytes that are no text made visible."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode()
-                   for each in text)
-
-
-def cell(value: object) -> str:
-    """A value that no spreadsheet takes for a formula."""
-    text = printable(str(value))
-    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
+    return text if text.isprintable() else "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def now() -> str:
@@ -2103,28 +3161,26 @@ def size(count: float) -> str:
     """Bytes, for people."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
-            digits = 1 if unit != "bytes" and count < 10 else 0
-            return f"{count:.{digits}f} {unit}"
+            return f"{count:.{int(unit != 'bytes' and count < 10)}f} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
 
 
 def duration(seconds: float) -> str:
     """Seconds, for people."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else (
-        f"{seconds} s")
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else (
+        f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s")
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    return f"{count:,} " + (noun if count == 1 else nouns or noun + "s")
 
 
 # ---- options -------------------------------------------------------------------------------
 
 
-GROUPS = {"url": "what goes where", "config": "what to send", "no_commit": "on the server",
+GROUPS = {"url": "what goes where", "config": "what to send", "review": "on the server",
           "workdir": "how to send", "quiet": "what to show"}  # titles in --help
 
 
@@ -2138,6 +3194,10 @@ class Parser(argparse.ArgumentParser):
             names = [word.partition("=")[0] for word in words if re.match(r"--[a-z]|-.$", word)]
             message = f"options {' '.join(names)}: unknown" if names else "arguments: too many"
             message += " (if PASS begins with -, set XNAT_PASS and give - instead)"
+        missing = message.partition("arguments are required: ")[2].split(", ")
+        if missing[0]:
+            refuse("URL USER PASS PROJECT ROOTDIR", f"only {5 - len(missing)} of these given: is "
+                   "PASS forgotten? give - there, and see --help")
         refuse(message, "see --help")
 
 
@@ -2161,6 +3221,8 @@ def read_options(argv: List[str]) -> Settings:
     check(given)
     given.url = check_url(given.url)
     given.config = read_config(given.config) if given.config else ()
+    given.shard = read_shard(given.shard)
+    given.compression = AUTO if given.compression == "auto" else given.compression
     given.limit_rate = 0 if given.limit_rate is None else bytes_per_second(given.limit_rate)
     given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
     command = ["python3", sys.argv[0]]
@@ -2177,14 +3239,20 @@ def check(given: argparse.Namespace) -> None:
     for name in ("url", "user", "password", "project"):
         if not sendable(getattr(given, name)):
             refuse(name.upper(), "is empty, or holds a character that is no text: give it again")
+    if "://" in given.user and "://" not in given.url:
+        refuse("USER", "looks like a URL: give URL USER PASS PROJECT ROOTDIR in this order")
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
     for name, least, most in (("procs", 1, 9999), ("max_files", 1, 999_999_999),
                               ("compression", 0, 9), ("retries", 0, 9999), ("timeout", 1, 999_999)):
         text = str(getattr(given, name))
+        if name == "compression" and text == "auto":
+            continue
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            refuse(f"--{name.replace('_', '-')}", f"give a whole number from {least} to {most}")
+            auto = "auto, or " if name == "compression" else ""
+            refuse(f"--{name.replace('_', '-')}",
+                   f"give {auto}a whole number from {least} to {most}")
         setattr(given, name, int(text))
     for pattern in given.only:
         if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
@@ -2196,7 +3264,7 @@ def check(given: argparse.Namespace) -> None:
     try:
         os.scandir(given.rootdir).close()
     except OSError as error:
-        refuse(f"ROOTDIR {given.rootdir}", unreadable(error))
+        refuse_unreadable("ROOTDIR", given.rootdir, error)
     if lies_in(given.workdir, given.rootdir):
         refuse(f"--workdir {given.workdir}", "lies inside ROOTDIR: choose one outside")
 
@@ -2224,15 +3292,35 @@ def refuse(thing: str, what: str) -> NoReturn:
     raise Stop(f"{thing}: {what}", WRONG_CALL)
 
 
+def refuse_unreadable(thing: str, path: str, error: OSError) -> NoReturn:
+    trouble = unreadable("", error)
+    refuse(f"{thing} {path}", str(trouble).strip())
+
+
+def read_shard(text: str) -> Tuple[int, int]:
+    """K/N as numbers. Raises Stop(2) unless 1 <= K <= N."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    number, shards = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= shards:
+        refuse(f"--shard {text}", "give K/N, such as 2/10: number K, from 1 to N, of N machines")
+    return number, shards
+
+
 def read_config(path: str) -> Tuple[str, ...]:
     """The exclusions in a config file. Raises Stop(2), naming what is wrong in it."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             config = json.load(file, object_pairs_hook=no_key_twice)
     except OSError as error:
-        refuse(f"--config {path}", unreadable(error))
+        refuse_unreadable("--config", path, error)
     except (ValueError, RecursionError) as error:
-        refuse(f"--config {path}", f"is not JSON in UTF-8 ({error}): mend it there")
+        text, at = getattr(error, "doc", ""), getattr(error, "pos", 0)
+        near = text[:at].rstrip()[-1:] + text[at:].lstrip()  # where it stopped, as people see it
+        usual = ("a comma before ] or } is one too many, " if re.match(r"[^,]?,\s*[]}]", near) else
+                 "comments are not allowed, " if re.match(".?(#|//|/[*])", near, re.DOTALL) else "")
+        line = text[text.rfind("\n", 0, at) + 1:].partition("\n")[0].strip()
+        there = f", in {line[:60]}" if line else ""
+        refuse(f"--config {path}", f"is not JSON in UTF-8 ({usual}{error}{there}): mend it there")
     names = config.pop("Exclude", []) if isinstance(config, dict) else []
     wrong = [names] if not isinstance(names, list) else [
         each for each in names if not isinstance(each, str) or not each]
@@ -2262,7 +3350,8 @@ def find_password(settings: Settings) -> Settings:
     """`settings` with the password that PASS - stands for. Raises Stop(2) if there is none."""
     if settings.password != "-":
         return settings
-    password = os.environ.get("XNAT_PASS") or netrc_password(settings.url, settings.user)
+    password = os.environ.get("XNAT_PASS", "").rstrip("\r\n")
+    password = password or netrc_password(settings.url, settings.user)
     if not password and sys.stdin and sys.stdin.isatty():
         with suppress(EOFError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
@@ -2284,6 +3373,8 @@ def netrc_password(url: str, user: str) -> str:
                               r"\s+password\s+([^\s\"]\S*)", file.read())
         if found and private:
             return found[1]
+        if found:
+            refuse("~/.netrc", "others can read it: chmod 600 ~/.netrc, or set XNAT_PASS")
         login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
     except FileNotFoundError:
         return ""
@@ -2308,64 +3399,95 @@ def check_tools(programs: Programs, teller: Teller) -> None:
 # ---- main ----------------------------------------------------------------------------------
 
 
-def upload(settings: Settings, teller: Teller) -> int:
-    """One run from plan to summary; the exit status."""
-    teller.quiet, teller.verbose = settings.quiet, settings.verbose
-    if settings.dry_run:
-        not_dicom: List[str] = []
-        plan = make_plan(settings, not_dicom.append)
-        ledger = Ledger(settings, settings.project, read_only=True)
-        to_send = parts_to_send(plan, ledger, settings)
-        teller.plan(plan, to_send)
-        teller.dry_run(plan, to_send, ledger, settings, not_dicom)
-        return SOME_FAILED if teller.failures else ALL_THERE
+def run(settings: Settings, teller: Teller) -> int:
+    """One run from walk to summary; the exit status. Raises Stop, Trouble, OSError."""
+    teller.settings = settings
     readable, settings = settings.password != "-", find_password(settings)
-    with closing(Workdir(settings.workdir)) as workdir, closing(Programs()) as programs:
-        teller.open_files(settings)
+    with ExitStack() as stack:
+        workdir: Optional[Workdir] = None  # a dry run needs none
+        if not settings.dry_run:
+            workdir = stack.enter_context(closing(Workdir(settings.workdir)))
+            teller.open_files(settings)
+        programs = stack.enter_context(closing(Programs()))
         check_tools(programs, teller)
-        plan = make_plan(settings, teller.log)
+        tree = walk(settings, teller.walking)
+        warn(settings, teller, readable, workdir)
         xnat = Xnat(settings, programs, teller)
-        if settings.insecure:
-            teller.say(f"{settings.url}: its certificate is not checked (--insecure), whoever "
-                       "answers gets login and scans: give its CA with --cacert FILE instead")
-        xnat.meet()
-        teller.line(f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
-                    f"{settings.user}", important=False)
-        if readable:
-            teller.say("PASS: others on this machine can read it in the list of processes: give - "
-                       "and set XNAT_PASS, or use ~/.netrc")
-        return send_all(plan, xnat, workdir)
+        try:
+            xnat.meet()
+            contents = Contents(xnat, tree.sessions)
+            ledger = stack.enter_context(closing(Ledger(settings, xnat.project)))
+            sender = Sender(xnat, workdir, ledger, len(tree.sessions) == 1)
+            return send_all(tree, Upload(tree, contents, sender))
+        finally:  # a user has a limited number of server sessions
+            programs.stopping.clear()
+            with suppress(Stop, Trouble):
+                xnat.close()
 
 
-def parts_to_send(plan: Plan, ledger: Ledger, settings: Settings) -> List[Part]:
-    """All parts of the plan that are not on the server yet."""
-    return [part for session, series in plan.pairs() if not series.problem
-            for part in ledger.of(session).parts_left(session, series, settings.max_files)]
+def warn(settings: Settings, teller: Teller, readable: bool, workdir: Optional[Workdir]) -> None:
+    """What its user should know before anything is sent."""
+    if settings.insecure:
+        teller.say(f"{settings.url}: its certificate is not checked (--insecure), whoever answers "
+                   "gets login and scans: give its CA with --cacert FILE instead")
+    if readable:
+        teller.say("PASS: others on this machine can read it in the list of processes: give - and "
+                   "set XNAT_PASS, or use ~/.netrc")
+    if workdir and workdir.advice:
+        teller.say(workdir.advice)
 
 
-def send_all(plan: Plan, xnat: Xnat, workdir: Workdir) -> int:
-    """Send what is planned and not there yet, tell how it went; the exit status."""
-    settings, teller = xnat.settings, xnat.teller
-    ledger = Ledger(settings, xnat.project)
-    for session in plan.sessions if settings.again else ():
-        ledger.add(session, "forget")
-    teller.plan(plan, parts_to_send(plan, ledger, settings))
-    run = Run(plan, xnat, workdir, ledger)
+def send_all(tree: Tree, upload: Upload) -> int:
+    """Send what is not there yet, tell how it went; the exit status."""
+    settings, teller, xnat = upload.settings, upload.teller, upload.xnat
+    ledger = upload.sender.ledger
+    check_exclusions(tree, ledger, settings)
+    too_high = "" if settings.nested else looks_too_high(tree, settings)
+    if too_high:
+        raise Stop(f"ROOTDIR {settings.rootdir}: it looks one level too high (different series in "
+                   f"the folders of {too_high}): give the folder that holds the subjects, or add "
+                   "--nested if series folders hold several series each. The layout is",
+                   WRONG_CALL, LAYOUT)
+    teller.begin(tree, xnat)
+    if not settings.dry_run:
+        ledger.exclude(set(settings.config) | ledger.exclusions)
+    gone = sorted(ledger.from_here - tree.labels)
+    if gone:
+        teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent "
+                   f"from here have no folder any more ({some(gone, 5)}): see "
+                   "whether that is meant")
+    for folder, trouble in look_at_strays(tree):
+        teller.fail(folder, trouble)
+        teller.say(f"{folder}: {trouble}")
     status, again = ALL_THERE, True
     try:
-        run.go()
-        with suppress(Trouble):
-            xnat.close()
+        upload.go()
+        for address in upload.contents.leftovers(upload.whole):
+            teller.say(f"{address}: lies in the prearchive beside its archived session: look at it "
+                       "there; if it is a copy it may be deleted, nothing of it is needed")
     except (Stop, OSError) as stop:
         again = not isinstance(stop, Misplaced)
         teller.say(str(stop))
         status = getattr(stop, "status", STOPPED)
-        xnat.programs.stopping.clear()  # all has ended; only the server session is to be closed
-        with suppress(Stop, Trouble):
-            xnat.close()
-    ledger.close()
-    teller.summary(run, run.tell_rest(), again)
+    if teller.saw_only_junk() and not status:
+        teller.say(f"ROOTDIR {settings.rootdir}: none of its files is DICOM: is this the folder "
+                   "that holds the subjects?")
+        status = WRONG_CALL
+    teller.summary(upload, again)
     return status or (SOME_FAILED if teller.failures else ALL_THERE)
+
+
+def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
+    """Raises Stop(2) if series would be sent that earlier runs left out: was --config forgotten?"""
+    earlier = replace(settings, config=tuple(sorted(ledger.exclusions)))
+    found = [f"{session.path}/{name}" for session, name in tree.pairs()
+             if earlier.left_out(name) and not settings.left_out(name)]
+    if found:
+        names = sorted({earlier.left_out(each.rpartition("/")[2]) for each in found})
+        refuse("--config", f"earlier runs left out {', '.join(map(json.dumps, names))}, this one "
+               f"would send {plural(len(found), 'such series', 'such series')} ({some(found, 3)}): "
+               f"give --config as before, or delete {ledger.path} if it is meant so (the server "
+               "is then asked what it has)")
 
 
 def stop_on_signals(teller: Teller) -> None:
@@ -2396,7 +3518,7 @@ def main() -> int:
     teller = Teller()
     try:
         stop_on_signals(teller)
-        return upload(read_options(sys.argv[1:]), teller)
+        return run(read_options(sys.argv[1:]), teller)
     except (Stop, Trouble) as end:
         teller.say(str(end), getattr(end, "drawing", ""))
         return int(getattr(end, "status", STOPPED))

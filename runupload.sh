@@ -9,7 +9,7 @@ USER_NAME="${USER_NAME:-}"  # your login there
 PROJECT="${PROJECT:-}"      # the ID of the project that gets the data
 ROOTDIR="${ROOTDIR:-}"      # the folder with one folder per subject in it
 CONFIG="${CONFIG:-}"        # what to leave out, such as Exclusions.json; empty: nothing
-WORKDIR="${WORKDIR:-work}"  # for zips, log and report; made if missing
+WORKDIR="${WORKDIR:-work}"  # for zips, log and report; made if missing, beside this file
 
 refuse() {  # STATUS SENTENCE; the statuses are those of dicomUpload.py
   printf '%s: %s\n' "${0##*/}" "$2" >&2
@@ -28,6 +28,10 @@ while [ -L "$here" ]; do
   link=$(readlink "$here")
   case $link in /*) here=$link ;; *) here=$(dirname "$here")/$link ;; esac
 done
+
+case $WORKDIR in /*) ;; *) WORKDIR=$(dirname "$here")/$WORKDIR ;; esac
+case $WORKDIR in /*) ;; *) WORKDIR=$PWD/$WORKDIR ;; esac
+echo "Log and report: $WORKDIR" >&2
 
 [ -z "$CONFIG" ] || set -- "--config=$CONFIG" "$@"
 # The password stays off the command line, where anyone could read it: for - dicomUpload.py takes

@@ -42,8 +42,12 @@ command -v "$ENGINE" >/dev/null ||
 # The label tells this image from the original one of the same name, which knows no PASS of -.
 build="$ENGINE build -t $IMAGE $(printf %q "$(dirname -- "$0")")"
 label='{{index .Config.Labels "org.opencontainers.image.title"}}'
-[ "$("$ENGINE" image inspect --format "$label" "$IMAGE")" = dicomUpload ] ||
+if [ "$("$ENGINE" image inspect --format "$label" "$IMAGE")" != dicomUpload ]; then
+  case $("$ENGINE" image inspect "$IMAGE" 2>&1 >/dev/null) in *"annot connect"*)
+    refuse 3 "$ENGINE: does not run, or you may not use it: start it, or ask the admin" ;;
+  esac
   refuse 3 "$IMAGE: not there, or not built from the Dockerfile here: run  $build"
+fi
 
 # As the caller, so that the caller's rights to the files apply; with no rights beyond these.
 # label=disable: SELinux would otherwise forbid all of ROOTDIR, and relabelling is not ours to do.

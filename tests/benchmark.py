@@ -1,23 +1,29 @@
 """How fast an upload is, side by side with what else could send the same files.
 
-    python3 -m tests.benchmark            all conditions, about twenty minutes
+    python3 -m tests.benchmark            all conditions, about half an hour
     python3 -m tests.benchmark --quick    small trees, one round, under two minutes
     python3 -m tests.benchmark --only mr-free mr-100M --rounds 5 --peers
 
 The stand-in XNAT runs as a process of its own; the contenders take turns, round by round, each
 through its command line, with a warm page cache. A time is from a process's start to its end.
 
-    this      dicomUpload.py: zip, check, send, commit and verify; four uploads side by side
-    this -0   the same with --compression 0: what a level that adapts could win at best
+    this      dicomUpload.py: zip, check, send, commit and verify; four uploads side by side; each
+              part at the level that it chooses
+    this -0   the same with --compression 0, and with 1: what auto is measured against
     1 by 1    the same with --procs 1
     original  what this program's forerunner did: one `zip -6` and one POST a session, one after
               another; nothing is committed and nothing is checked
-    bound     `xargs -P` over `zip -1` and `curl`, at two and at four jobs: no plan, no check, no
-              commit; lists of the files are made before the clock starts. What the machine can do.
+    bound     `xargs -P` over `zip -1` (with -0: `zip -0`) and `curl`, at two and at four jobs: no
+              plan, no check, no commit; lists of the files are made before the clock starts. What
+              the machine can do.
     peers     with --peers: xnatctl 0.6.0 and xnat 0.8.1 from PyPI, a call for each session
 
-"of bound" is the bound's time divided by this one's, 1.00 being as fast: the better of the bound's
-two medians counts. "cpu" is what the contender's processes used, the stand-in's own not counted.
+"of -1" is the time of the bound with zip -1 divided by this one's, 1.00 being as fast: the better
+of its two medians counts. "of -0" is the same with zip -0. "cpu" is what the contender's processes
+used, the stand-in's own not counted.
+
+The conditions start-... have no contenders: they show how long it takes until the first POST
+starts, and what a rerun costs in which nothing has changed, beside `find -ls` on the same tree.
 """
 import argparse
 import contextlib
@@ -42,7 +48,8 @@ from tests.support import ROOT, SCRIPT, sealed_environment
 
 PART = 500  # files; --max-files of dicomUpload.py
 MB = 1e6
-FOUR = ("this", "bound 2", "bound 4", "original")
+BOUNDS = ("bound 2", "bound 4", "bound 2 -0", "bound 4 -0")
+LEVELS = ("this", "this -0", "this -1")
 Tree = Callable[[Path, bool], None]  # makes it under a folder; True: a small one
 
 
@@ -121,7 +128,7 @@ class Condition:
     tree: Tree
     rate: float = 0                   # bytes a second
     import_ms: float = 0              # a file
-    contenders: Tuple[str, ...] = FOUR
+    contenders: Tuple[str, ...] = LEVELS + BOUNDS + ("original",)
     rounds: int = 3                   # at most
     drain: bool = True                # the server's own cost must not count
     memory: bool = False              # measure memory and disk too
@@ -130,30 +137,45 @@ class Condition:
 
 MR = "real MR" if real_images() else "synthetic MR"
 CONDITIONS = (
-    Condition("mr-free", MR + ", line unlimited", mr_tree(8), memory=True, peers=True,
-              contenders=FOUR + ("this -0",)),
-    Condition("mr-1G", MR + ", 1 Gbit/s", mr_tree(8), 125e6, contenders=FOUR + ("this -0",)),
-    Condition("mr-100M", MR + ", 100 Mbit/s", mr_tree(8), 12.5e6, rounds=2, peers=True,
-              contenders=("this", "bound 4", "original", "this -0")),
+    Condition("mr-free", MR + ", line unlimited", mr_tree(8), memory=True, peers=True),
+    Condition("mr-1G", MR + ", 1 Gbit/s", mr_tree(8), 125e6),
+    Condition("mr-100M", MR + ", 100 Mbit/s", mr_tree(8), 12.5e6, rounds=2, peers=True),
     Condition("mr-20M", MR + ", 20 Mbit/s", mr_tree(1), 2.5e6, rounds=1,
-              contenders=("this", "bound 4", "original")),
+              contenders=LEVELS + ("bound 4", "original")),
     Condition("mr-5ms", MR + ", import 5 ms a file", mr_tree(8), import_ms=5, rounds=2,
-              contenders=("this", "bound 4", "1 by 1", "this -0")),
+              contenders=LEVELS + ("bound 4", "bound 4 -0", "1 by 1")),
     Condition("sessions-46ms", "8 sessions, import 46 ms a file", slow_sessions, import_ms=46,
-              rounds=2, contenders=("this", "bound 4", "1 by 1"), drain=False),
+              rounds=2, contenders=LEVELS + ("bound 4", "1 by 1"), drain=False),
     Condition("session-46ms", "one session of 40 series, import 46 ms a file", slow_session,
-              import_ms=46, rounds=2, contenders=("this", "bound 4", "1 by 1"), drain=False),
+              import_ms=46, rounds=2, contenders=LEVELS + ("bound 4", "1 by 1"), drain=False),
     Condition("session-free", "one session of 40 series, line unlimited", one_session),
     Condition("small-free", "400 series of 3 small files, line unlimited", small_series),
     Condition("series-free", "one series of 5,000 files, line unlimited", one_series, memory=True),
     Condition("series-100M", "one series of 5,000 files, 100 Mbit/s", one_series, 12.5e6, rounds=2,
-              contenders=("this", "bound 4", "original")),
-    Condition("packed-free", "already compressed pixels, line unlimited", packed_pixels,
-              contenders=FOUR + ("this -0",)),
-    Condition("packed-1G", "already compressed pixels, 1 Gbit/s", packed_pixels, 125e6, rounds=2,
-              contenders=FOUR + ("this -0",)),
+              contenders=LEVELS + ("bound 4", "bound 4 -0", "original")),
+    Condition("packed-free", "already compressed pixels, line unlimited", packed_pixels),
+    Condition("packed-1G", "already compressed pixels, 1 Gbit/s", packed_pixels, 125e6, rounds=2),
 )
-PLAN = "plan"  # the condition of 100,000 series is of another kind
+PLAN = "plan"  # these conditions are of another kind
+
+
+@dataclass(frozen=True)
+class Start:
+    """A large tree: how soon something leaves, and what a rerun costs."""
+    name: str
+    about: str
+    sessions: int
+    series: int                       # in each session
+    files: int                        # in each series
+    open_ms: int = 0                  # added to each open of a file
+
+
+STARTS = (
+    Start("start-200k-1ms", "200,000 files, 1 ms added to each open", 200, 4, 250, 1),
+    Start("start-session-1ms", "one session of 20,000 files, 1 ms added to each open", 1, 80, 250,
+          1),
+    Start("start-1M", "1,000,000 files", 500, 4, 500),
+)
 
 
 # ---- Contenders ----------------------------------------------------------------------------
@@ -171,7 +193,7 @@ done
 BOUND = r"""
 xargs -0 -n 4 -P "$JOBS" sh -c '
     cd "$1" && subject=$2 label=$3
-    zip -q -1 -X -D "$4.zip" -@ <"$4.names" &&
+    zip -q "$LEVEL" -X -D "$4.zip" -@ <"$4.names" &&
     curl -sS -u "$LOGIN" -F "file=@$4.zip" "$URL""" + IMPORT + r"""" && rm "$4.zip"
 ' part <"$WORK/parts"
 """
@@ -214,12 +236,14 @@ def command_of(contender: str, url: str, root: Path, work: Path,
         return ["sh", "-c", ORIGINAL], values
     if contender.startswith("bound "):
         write_parts(root, work)
-        return ["sh", "-c", BOUND], dict(values, JOBS=contender[-1])
+        jobs, level = contender.split()[1], "-0" if contender.endswith("-0") else "-1"
+        return ["sh", "-c", BOUND], dict(values, JOBS=jobs, LEVEL=level)
     if contender in PEERS:
         values.update(VENV=str(venvs[contender]), XNAT_URL=url, XNAT_USER="alice",
                       XNAT_PASS="s3cret", XNATPY_PASS="s3cret")
         return ["sh", "-c", PEERS[contender][1]], values
-    more = {"this": [], "1 by 1": ["--procs", "1"], "this -0": ["--compression", "0"]}[contender]
+    more = {"this": [], "1 by 1": ["--procs", "1"], "this -0": ["--compression", "0"],
+            "this -1": ["--compression", "1"]}[contender]
     return [sys.executable, str(SCRIPT), url, "alice", "s3cret", "BRAIN", str(root),
             "--workdir", str(work), *more], {}
 
@@ -419,33 +443,139 @@ def compare(condition: Condition, rounds: int, small: bool, scratch: Path,
     return results
 
 
-def bound_of(results: Dict[str, Result]) -> float:
-    """The better median of the bound."""
-    return min((each.median for name, each in results.items()
-                if name.startswith("bound") and each.seconds), default=0)
+def bound_of(results: Dict[str, Result], level: str) -> float:
+    """The better median of the bound at this level, 0 if there is none."""
+    return min((each.median for name, each in results.items() if name.startswith("bound")
+                and name.endswith("-0") == (level == "-0") and each.seconds), default=0)
+
+
+def of(bound: float, seconds: float) -> str:
+    return "%.2f" % (bound / seconds) if bound else ""
 
 
 def show(results: Dict[str, Result], size: int) -> None:
     """The table of one condition."""
-    print("  %-9s %8s %15s %6s %9s %8s %9s %6s %8s" % (
-        "", "median", "range", "cpu", "MB/s", "of bound", "requests", "POSTs", "MB sent"))
-    bound = bound_of(results)
+    print("  %-10s %8s %15s %6s %7s %6s %6s %9s %6s %8s" % (
+        "", "median", "range", "cpu", "MB/s", "of -1", "of -0", "requests", "POSTs", "MB sent"))
     for name, each in results.items():
         if each.seconds:
-            print("  %-9s %6.2f s %6.2f - %6.2f %4.1f s %9.1f %8s %9d %6d %8.1f" % (
+            print("  %-10s %6.2f s %6.2f - %6.2f %4.1f s %7.1f %6s %6s %9d %6d %8.1f" % (
                 name, each.median, min(each.seconds), max(each.seconds),
                 statistics.median(each.cpu), size / MB / each.median,
-                "%.2f" % (bound / each.median) if bound else "",
+                of(bound_of(results, "-1"), each.median), of(bound_of(results, "-0"), each.median),
                 each.requests, each.posts, each.sent / MB))
         if each.trouble:
-            print("  %-9s left out: %s" % (name, each.trouble[:300]))
+            print("  %-10s left out: %s" % (name, each.trouble[:300]))
     sys.stdout.flush()
 
 
-# ---- 100,000 series ------------------------------------------------------------------------
+# ---- Large trees ---------------------------------------------------------------------------
+
+SLOW_OPENS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+static void wait_for(const char *path) {
+    const char *root = getenv("SLOW_ROOT"), *log = getenv("SLOW_LOG");
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open");
+    if (!root || !path || strncmp(path, "./", 2) && strncmp(path, root, strlen(root))) return;
+    struct timespec wait = {0, 1000000L * atoi(getenv("SLOW_MS"))};
+    int handle = real(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+    if (handle >= 0) { if (write(handle, ".", 1)) {} close(handle); }
+    if (wait.tv_nsec) nanosleep(&wait, 0);
+}
+#define MODE mode_t mode = 0; if (flags & (O_CREAT | O_TMPFILE)) { \
+    va_list more; va_start(more, flags); mode = va_arg(more, mode_t); va_end(more); }
+#define OPEN(name) int name(const char *path, int flags, ...) { MODE \
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, #name); \
+    if (!(flags & O_DIRECTORY)) wait_for(path); \
+    return real(path, flags, mode); }
+#define OPENAT(name) int name(int folder, const char *path, int flags, ...) { MODE \
+    int (*real)(int, const char *, int, ...) = dlsym(RTLD_NEXT, #name); \
+    if (!(flags & O_DIRECTORY)) wait_for(path); \
+    return real(folder, path, flags, mode); }
+OPEN(open) OPEN(open64) OPENAT(openat) OPENAT(openat64)
+"""
+
+
+def build_shim(scratch: Path) -> Path:
+    """A library that adds a wait to each open below SLOW_ROOT, and counts them. Raises Failed."""
+    source, library = scratch / "slow.c", scratch / "slow.so"
+    source.write_text(SLOW_OPENS)
+    if not shutil.which("cc"):
+        raise Failed("no cc")
+    done = subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-o", str(library), str(source),
+                           "-ldl"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise Failed("cc: %s" % done.stdout.decode(errors="replace")[-200:])
+    return library
+
+
+def make_large(root: Path, sessions: int, series: int, files: int) -> int:
+    """So many tiny images, quickly: of each series one is made, the others get their UIDs."""
+    mark = b"9" * 12
+    for session in range(sessions):
+        study = "1.2.%d" % (10 ** 8 + session)
+        for number in range(series):
+            folder = "%s/s%04d/mr/%02d_SERIES" % (root, session, number)
+            os.makedirs(folder)
+            content = dicom_file(study=study, series="%s.%d" % (study, number), number=number + 1,
+                                 sop_instance="%s.%d." % (study, number) + mark.decode(), rows=1,
+                                 columns=1)
+            for file in range(files):
+                handle = os.open("%s/IM%05d.dcm" % (folder, file), os.O_CREAT | os.O_WRONLY)
+                os.write(handle, content.replace(mark, b"1%011d" % file))
+                os.close(handle)
+    return sessions * series * files
+
+
+def start(condition: Start, small: bool, scratch: Path) -> None:
+    """One full run and a rerun, with every open counted."""
+    sessions = max(1, condition.sessions // 50) if small else condition.sessions
+    series = min(10, condition.series) if small else condition.series
+    roomy = Path("/dev/shm") if os.path.isdir("/dev/shm") and shutil.disk_usage(
+        "/dev/shm").free > 8e9 else scratch  # a million inodes
+    print("\n%s: %s" % (condition.name, condition.about))
+    with fresh(roomy / ("dicomUpload-benchmark-%d" % os.getpid())) as root, fresh(
+            scratch / "work") as work, Server("--drain") as xnat:
+        try:
+            shim = build_shim(scratch)
+            files = make_large(root, sessions, series, condition.files)
+            log = scratch / "opens"
+            slow = {"LD_PRELOAD": str(shim), "SLOW_ROOT": str(root), "SLOW_LOG": str(log),
+                    "SLOW_MS": str(condition.open_ms)}
+            call = [sys.executable, str(SCRIPT), xnat.url, "alice", "s3cret", "BRAIN", str(root),
+                    "--workdir", str(work)]
+            finds = [run(["sh", "-c", 'find "$0" -ls >/dev/null', str(root)], scratch, {}, work)
+                     for _ in range(3)]
+            find = min(finds, key=lambda ran: ran.seconds)
+            print("  %d sessions, %d files; find -ls: %.1f s (cpu %.1f s)" % (
+                sessions, files, find.seconds, find.cpu), flush=True)
+            began = time.monotonic()
+            ran = run(call, scratch, slow, work, watched=sys.platform == "linux")
+            posts = [each for each in xnat.tell("GET", "requests")
+                     if each["method"] == "POST" and each["entries"]]
+            first = min(each["started"] for each in posts) - began
+            check_arrival(xnat, files)
+            print("  first POST after %.1f s (goal: 5), all there after %.0f s; %d opens, Python "
+                  "%.0f MB" % (first, ran.seconds, log.stat().st_size, ran.usage.own / MB))
+            log.write_bytes(b"")
+            reruns = [run(call, scratch, slow, work) for _ in range(2)]
+            again = min(reruns, key=lambda ran: ran.seconds)
+            print("  run again: %.1f s (cpu %.1f s), %.2f of find -ls by the clock, %.2f by cpu "
+                  "(goal: 2); %d opens" % (again.seconds, again.cpu, again.seconds / find.seconds,
+                                           again.cpu / find.cpu, log.stat().st_size), flush=True)
+        except Failed as failed:
+            print("  left out: " + str(failed)[:300], flush=True)
+
 
 def plan_many(small: bool, scratch: Path) -> None:
-    """Plan 10,000 sessions of ten series, then find all of them in the ledger."""
+    """Look at 10,000 sessions of ten series in a dry run, then send and find again some of them."""
     sessions = 300 if small else 10000
     contents = [dicom_file(study="1.2", series="1.2.%d" % number, number=number, rows=1,
                            columns=1) for number in range(10)]
@@ -458,18 +588,16 @@ def plan_many(small: bool, scratch: Path) -> None:
                       / ("%02d_SERIES" % (number % 10)))
             folder.mkdir(parents=True)
             (folder / "IM0001.dcm").write_bytes(contents[number % 10])
-            os.utime(str(folder / "IM0001.dcm"), (1.6e9, 1.6e9))
         call = [sys.executable, str(SCRIPT), xnat.url, "alice", "s3cret", "BRAIN", str(root),
                 "--workdir", str(work)]
         print("\nplan: %d sessions, %d series of one tiny file" % (sessions, sessions * 10))
         try:
-            timed("planned (--dry-run)", call + ["--dry-run"], scratch, work)
-            timed("one session of them sent", call + ["--only", "s0000/mr0"], scratch, work)
-            size = multiply_ledger(work / "dicomUpload.ledger", sessions)
-            xnat.tell("POST", "forget")
-            timed("run again, all there", call, scratch, work)
+            timed("looked at (--dry-run)", call + ["--dry-run"], scratch, work)
+            some = call + ["--only", "s000*"]
+            timed("500 of the series sent", some, scratch, work)
+            timed("run again, all there", some, scratch, work)
             posts = [each for each in xnat.tell("GET", "requests") if "import" in each["path"]]
-            print("  ledger of %.1f MB, %d files sent again" % (size / MB, len(posts)))
+            print("  %d POSTs of files" % len(posts))
         except Failed as failed:
             print("  failed: " + str(failed)[:300])
 
@@ -479,18 +607,6 @@ def timed(text: str, command: List[str], scratch: Path, work: Path) -> None:
     ran = run(command, scratch, {}, work, watched=sys.platform == "linux")
     memory = ", Python %.0f MB" % (ran.usage.own / MB) if ran.usage.own else ""
     print("  %-26s %6.1f s%s" % (text, ran.seconds, memory), flush=True)
-
-
-def multiply_ledger(path: Path, sessions: int) -> int:
-    """Let the ledger say of every session what it says of the first; its size in bytes. Names,
-    sizes and times of the files are everywhere the same, and so are the fingerprints."""
-    first = path.read_text()
-    with path.open("a") as ledger:
-        for number in range(1, sessions):
-            subject, session = "s%04d" % (number // 5), "mr%d" % (number % 5)
-            ledger.write(first.replace("s0000_mr0", subject + "_" + session)
-                         .replace("s0000", subject))
-    return path.stat().st_size
 
 
 # ---- Peers ---------------------------------------------------------------------------------
@@ -537,29 +653,36 @@ def facts() -> str:
 
 def summary(all_results: Dict[str, Dict[str, Result]]) -> None:
     """One line for each condition, then the bars."""
-    print("\n%-14s %8s %8s %9s %10s %9s" % ("condition", "this", "bound", "of bound",
-                                            "x original", "x 1 by 1"))
+    print("\n%-14s %8s %9s %9s %6s %6s %9s %10s %9s" % (
+        "condition", "this", "bound -1", "bound -0", "of -1", "of -0", "of levels", "x original",
+        "x 1 by 1"))
     for name, results in all_results.items():
-        this, bound = results["this"], bound_of(results)
-        if this.seconds:
-            def times(other: str, this: Result = this,
+        if results["this"].seconds:
+            this = results["this"].median
+
+            def times(other: str, this: float = this,
                       results: Dict[str, Result] = results) -> str:
                 seconds = results[other].seconds if other in results else []
-                return "%.1f" % (statistics.median(seconds) / this.median) if seconds else ""
+                return "%.1f" % (statistics.median(seconds) / this) if seconds else ""
 
-            print("%-14s %6.2f s %6.2f s %9.2f %10s %9s" % (
-                name, this.median, bound, bound / this.median, times("original"), times("1 by 1")))
+            bounds = [bound_of(results, level) for level in ("-1", "-0")]
+            better = min((each.median for each in (results.get("this -0"), results.get("this -1"))
+                          if each and each.seconds), default=0)
+            print("%-14s %6.2f s %9s %9s %6s %6s %9s %10s %9s" % (
+                name, this, *("%.2f s" % each if each else "" for each in bounds),
+                *(of(each, this) for each in bounds), of(better, this), times("original"),
+                times("1 by 1")))
     for name, results in all_results.items():
         print("\n" + name)
         longest = max([each.median for each in results.values() if each.seconds] or [1])
         for contender, each in results.items():
             if each.seconds:
-                print("  %-9s %s %.1f s" % (contender, "#" * max(1, round(
+                print("  %-10s %s %.1f s" % (contender, "#" * max(1, round(
                     50 * each.median / longest)), each.median))
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    names = [condition.name for condition in CONDITIONS] + [PLAN]
+    names = [each.name for each in CONDITIONS + STARTS] + [PLAN]
     parser = argparse.ArgumentParser(
         prog="python3 -m tests.benchmark", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -578,6 +701,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         venvs = install_peers(scratch) if options.peers else {}
         results = {each.name: compare(each, rounds, options.quick, scratch, venvs)
                    for each in CONDITIONS if each.name in options.only}
+        for each in STARTS:
+            if each.name in options.only:
+                start(each, options.quick, scratch)
         if PLAN in options.only:
             plan_many(options.quick, scratch)
         summary(results)

@@ -1,4 +1,4 @@
-"""The main job in one command: `python3 -m tests.demo`.
+"""The main job in one command: `python3 tests/demo.py`, or `python3 -m tests.demo`.
 
 Makes the README's dicomdir of small synthetic files, starts the stand-in XNAT on this machine,
 runs dicomUpload.py as a user would, and shows the tree that the server then holds. Nothing to
@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run by its path, from any folder
 
 from tests.dicom import readme_tree
 from tests.support import EXCLUSIONS, SCRIPT, sealed_environment

@@ -5,6 +5,7 @@ and the same words always give the same bytes.
 """
 import hashlib
 import struct
+import zlib
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -12,6 +13,8 @@ MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
 MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
 IMPLICIT_LE = "1.2.840.10008.1.2"
+EXPLICIT_BE = "1.2.840.10008.1.2.2"
+DEFLATED_LE = "1.2.840.10008.1.2.1.99"
 IMPLEMENTATION = "2.25.48059204130172830495826130571203"  # ours, any constant will do
 
 # The tree of the README: each series folder, and its series number.
@@ -40,33 +43,33 @@ def uid(*words: object) -> str:
     return "2.25.%d" % int.from_bytes(digest[:16], "big")
 
 
-def _value_bytes(vr: str, value: Value) -> bytes:
-    """The value as it lies in a file: little-endian, padded to an even length."""
+def _value_bytes(vr: str, value: Value, order: str) -> bytes:
+    """The value as it lies in a file, padded to an even length."""
     if isinstance(value, bytes):
         raw = value
     elif vr == "US":
-        raw = struct.pack("<H", value)
+        raw = struct.pack(order + "H", value)
     elif vr == "UL":
-        raw = struct.pack("<I", value)
+        raw = struct.pack(order + "I", value)
     else:
         raw = str(value).encode("utf-8")
     return raw + (b"\0" if vr in ("UI", "OB", "OW") else b" ") * (len(raw) % 2)
 
 
-def _element(tag: int, vr: str, value: Value, explicit: bool = True) -> bytes:
-    """One data element."""
-    raw = _value_bytes(vr, value)
-    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+def element(tag: int, vr: str, value: Value, explicit: bool = True, order: str = "<") -> bytes:
+    """One data element, little-endian with the order "<" and big-endian with ">"."""
+    raw = _value_bytes(vr, value, order)
+    head = struct.pack(order + "HH", tag >> 16, tag & 0xFFFF)
     if not explicit:
-        return head + struct.pack("<I", len(raw)) + raw
+        return head + struct.pack(order + "I", len(raw)) + raw
     if vr in LONG_FORM:
-        return head + vr.encode() + struct.pack("<HI", 0, len(raw)) + raw
-    return head + vr.encode() + struct.pack("<H", len(raw)) + raw
+        return head + vr.encode() + struct.pack(order + "HI", 0, len(raw)) + raw
+    return head + vr.encode() + struct.pack(order + "H", len(raw)) + raw
 
 
-def _data_set(elements: List[Element], explicit: bool) -> bytes:
+def _data_set(elements: List[Element], explicit: bool, order: str = "<") -> bytes:
     """The elements in ascending order of their tags."""
-    return b"".join(_element(*element, explicit=explicit) for element in sorted(elements))
+    return b"".join(element(*each, explicit=explicit, order=order) for each in sorted(elements))
 
 
 def _meta(sop_class: str, sop_instance: str, transfer_syntax: str) -> bytes:
@@ -79,7 +82,7 @@ def _meta(sop_class: str, sop_instance: str, transfer_syntax: str) -> bytes:
         (0x00020012, "UI", IMPLEMENTATION),
         (0x00020013, "SH", "SYNTHETIC"),
     ], explicit=True)
-    return b"\0" * 128 + b"DICM" + _element(0x00020000, "UL", len(group)) + group
+    return b"\0" * 128 + b"DICM" + element(0x00020000, "UL", len(group)) + group
 
 
 def _pixels(seed: str, rows: int, columns: int) -> bytes:
@@ -95,8 +98,13 @@ def dicom_file(*, study: str, series: str, number: int = 1, instance: int = 1,
                description: str = "", patient: str = "", sop_class: str = MR_IMAGE_STORAGE,
                sop_instance: Optional[str] = None, rows: int = 16, columns: int = 16,
                preamble: bool = True, explicit: bool = True,
-               pixels: Optional[bytes] = None) -> bytes:
-    """One MR image as a DICOM file; without `preamble` a bare data set, as in old exports."""
+               pixels: Optional[bytes] = None, first: bytes = b"", without: Tuple[int, ...] = (),
+               order: str = "<", syntax: str = "") -> bytes:
+    """One MR image as a DICOM file; without `preamble` a bare data set, as in old exports.
+
+    The data set begins with the elements `first`, and has none of the tags in `without`. With a
+    transfer syntax that is not what it comes to by itself, the file lies, or is deflated.
+    """
     sop_instance = sop_instance or uid(series, instance)
     if pixels is None:
         pixels = _pixels(sop_instance, rows, columns)
@@ -148,10 +156,16 @@ def dicom_file(*, study: str, series: str, number: int = 1, instance: int = 1,
         (0x00280103, "US", 0),
         (0x7FE00010, "OW", pixels),
     ]
-    data_set = _data_set(elements, explicit)
+    elements = [each for each in elements if each[0] not in without]
+    data_set = first + _data_set(elements, explicit, order)
     if not preamble:
         return data_set
-    return _meta(sop_class, sop_instance, EXPLICIT_LE if explicit else IMPLICIT_LE) + data_set
+    syntax = syntax or (IMPLICIT_LE if not explicit else EXPLICIT_LE if order == "<" else
+                        EXPLICIT_BE)
+    if syntax == DEFLATED_LE:
+        deflater = zlib.compressobj(wbits=-15)
+        data_set = deflater.compress(data_set) + deflater.flush()
+    return _meta(sop_class, sop_instance, syntax) + data_set
 
 
 def dicomdir_file() -> bytes:

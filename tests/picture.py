@@ -1,6 +1,6 @@
-"""The picture of a run in the README: `python3 -m tests.picture` prints it, from a real run.
+"""The picture of a run in the README: `python3 tests/picture.py` prints it, from a real run.
 
-    python3 -m tests.picture --write      puts it into README.md
+    python3 tests/picture.py --write      puts it into README.md
 
 A run against the stand-in XNAT on a slow line, with one series that cannot be sent, on a terminal
 of 100 columns. Only the server's name and the folder's are replaced.
@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import List
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run by its path, from any folder
 
 from tests.dicom import readme_tree
 from tests.support import (EXCLUSIONS, ROOT, SCRIPT, open_terminal, sealed_environment,
@@ -29,7 +31,7 @@ def run_on_terminal(command: List[str], folder: Path) -> str:
     master, slave = open_terminal(100)
     process = subprocess.Popen(command, cwd=str(folder), stdin=subprocess.DEVNULL, stdout=slave,
                                stderr=slave, env=sealed_environment(
-                                   folder, XNAT_PASS="s3cret", TERM="xterm"))
+                                   folder, XNAT_PASS="s3cret", TERM="xterm", NO_COLOR="1"))
     os.close(slave)
     shown = shown_on(master)
     os.close(master)
@@ -42,7 +44,7 @@ def still(shown: str) -> List[str]:
     moments = [piece.split("\r\x1b[K") for piece in shown.split("\n")]
     lines = [states[-1] for states in moments]
     moving = [(at, state) for at, states in enumerate(moments) for state in states[:-1]
-              if re.search(r"\d s left\]  \S", state)]
+              if re.search(r"about .* left\]  \S", state)]
     if moving:
         at, state = moving[len(moving) // 2]
         lines.insert(at, state)

@@ -3,8 +3,10 @@
 import ast
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import dicomUpload
 from tests import picture
 from tests.dicom import README_TREE, readme_tree
 from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest
@@ -55,21 +57,51 @@ class Readme(UploadTest):
         drawn, made = (sorted(alike(line) for line in text.splitlines() if line[:1] != "[")
                        for text in (picture.BLOCK.findall(README)[0], picture.picture()))
         self.assertEqual(drawn, made)
-        self.assertRegex(README, r"(?m)^\[\d of \d series  [\d.]+ MB of .* left\]  \S+ \S+$")
+        self.assertRegex(README, r"(?m)^\[\d of 4 sessions  .* MB  .*  about .* left\]  \S+ \S+$")
+
+    def test_it_can_be_read_in_ten_minutes(self) -> None:
+        self.assertLessEqual(len(README.splitlines()), 320)
+        prose = re.sub(r"(?ms)^```.*?^```$|^\|.*?$", "", README)
+        self.assertLessEqual(len(prose.split()), 1800)
 
     def test_what_goes_wrong_is_told_in_the_words_of_the_code(self) -> None:
         section = README.partition("## When something goes wrong")[2].partition("\n## ")[0]
-        rows = re.findall(r"(?m)^\| `([^`]+)` \| (.+?) \| (.+?) \|$", section)
+        rows = re.findall(r"(?m)^\| (`.+?`) \| (.+?) \| (.+?) \|$", section)
         self.assertGreater(len(rows), 20)
         texts = words_of_the_code()
-        for message, _, _ in rows:
+        messages = [message for row in rows for message in re.findall("`([^`]+)`", row[0])]
+        for message in messages:
             with self.subTest(message):
                 self.assertTrue(any(message in text for text in texts), "not in the code")
+        for each in dicomUpload.MEANINGS:
+            if not re.match("run again( later)?$", each.to_do):  # nothing to look up
+                with self.subTest(each.sign):
+                    said = f"{each.means}: {each.to_do}"
+                    self.assertTrue(any(message in said for message in messages), said)
 
-    def test_the_help_in_the_readme_is_the_help_of_the_program(self) -> None:
-        ran = self.run_command([sys.executable, str(SCRIPT), "--help"], {"COLUMNS": "80"})
-        self.assertEqual(ran.status, 0)
-        self.assertIn(f"```\n{ran.out.rstrip()}\n```", README)
+    def test_the_options_in_the_readme_are_those_of_the_help(self) -> None:
+        section = README.partition("| option | meaning")[2].partition("\n\n")[0]
+        told = re.findall(r"(?m)^\| `(-.*?)` \| (.*) \|$", section.replace("\\|", "|"))
+        wanted = []
+        for each in fields(dicomUpload.Settings):
+            if each.metadata.get("flags"):
+                name = ", ".join(each.metadata["flags"])
+                wanted.append((f"{name} {each.metadata.get('metavar') or ''}".strip(),
+                               each.metadata["help"] % {"default": each.metadata.get("default")}))
+        self.assertEqual(told, wanted)
+        ran = self.run_command([sys.executable, str(SCRIPT), "--help"])
+        words = " ".join(ran.out.split())
+        for name, text in wanted:
+            self.assertIn(" ".join(name.split()), words)
+            self.assertIn(" ".join(text.split()), words.replace("- ", "-"), name)
+
+    def test_the_columns_of_the_report_in_the_readme_are_those_of_a_report(self) -> None:
+        section = README.partition("| column | what it is |")[2].partition("\n\n")[0]
+        told = [name for row in re.findall(r"(?m)^\| (`.*?`) \|", section)
+                for name in re.findall("`(.*?)`", row)]
+        nobody = dicomUpload.Outcome(dicomUpload.Session("", ""), [])
+        self.assertEqual(sorted(told), sorted(dicomUpload.row_of(
+            nobody, dicomUpload.Series("", ""))))
 
     def test_help_fits_into_80_columns(self) -> None:
         ran = self.run_command([sys.executable, str(SCRIPT), "--help"], {"COLUMNS": "80"})
@@ -80,8 +112,8 @@ class Readme(UploadTest):
         self.assertEqual(sorted(drawn_paths(drawing)), sorted(README_TREE))
 
     def test_the_demo_shows_the_tree_in_the_server(self) -> None:
-        self.assertIn("python3 -m tests.demo\n", blocks())
-        ran = self.run_command([sys.executable, "-m", "tests.demo"], cwd=str(ROOT))
+        self.assertIn("python3 tests/demo.py\npython3 -m unittest\n", blocks())
+        ran = self.run_command([sys.executable, str(ROOT / "tests/demo.py")])  # from any folder
         self.assertEqual(ran.status, 0, ran.text)
         for label in ("007_post", "007_pre", "008_post", "008_pre"):
             self.assertRegex(ran.out, rf"(?m)^{label} .*archived, \d+ files verified$")
@@ -117,7 +149,8 @@ class Readme(UploadTest):
                             "1 some series or sessions failed",
                             "2 wrong options, ROOTDIR or config, nothing sent",
                             "3 could not start or had to stop (no zip, no curl, server unreachable,"
-                            " login refused, no right to the project, workdir in use or full)",
+                            " login refused, no right to the project, workdir in use or full, the"
+                            " server refuses everything)",
                             "130, 143 stopped by a signal"):
                 self.assertIn(meaning, words)
 
@@ -130,3 +163,7 @@ class Readme(UploadTest):
         seen = {path.name for path in Path(ROOT).iterdir() if not path.name.startswith(".")}
         self.assertEqual(card - seen, set())
         self.assertEqual(seen - card - {"__pycache__", "work"}, set())
+
+    def test_the_image_has_the_version_of_the_program(self) -> None:
+        text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+        self.assertIn(f'image.version="{dicomUpload.VERSION}"', text)

@@ -140,16 +140,14 @@ class Wrapped(unittest.TestCase):
 
     def signalled(self, command: Sequence[Any], environment: Dict[str, str], number: int) -> int:
         """The exit status of a wrapper that gets a signal while its program runs."""
-        child = self.start(command, {**environment, "STAY": "1"}, stdin=subprocess.DEVNULL)
+        child = self.start(command, {**environment, "STAY": "1"}, stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(child.kill)
         end = time.monotonic() + 60
         while not self.log.exists() and time.monotonic() < end:
             time.sleep(0.02)
-        started = time.monotonic()
         child.send_signal(number)
-        status = child.wait(timeout=60)
-        self.assertLess(time.monotonic() - started, 5)
-        return status
+        return child.wait(timeout=60)  # what it started stays for ever
 
     def forget(self) -> None:
         if self.log.exists():
@@ -177,13 +175,18 @@ class RunUpload(Wrapped):
     def test_every_setting_reaches_the_program_as_it_is(self) -> None:
         done = self.run_with(ROOTDIR="-" + ODD + "\n", CONFIG="-c" + ODD, WORKDIR="-w" + ODD)
         self.assertEqual(done.seen["argv"], [
-            str(PROGRAM), "--workdir=-w" + ODD, "--config=-c" + ODD, "--",
+            str(PROGRAM), f"--workdir={TOP}/-w" + ODD, "--config=-c" + ODD, "--",
             SETTINGS["URL"], SETTINGS["USER_NAME"], "-", SETTINGS["PROJECT"], "-" + ODD + "\n"])
         self.assertFalse((self.home / "hit").exists())
 
-    def test_without_a_config_none_is_named_and_the_workdir_is_work(self) -> None:
-        argv = self.run_with().seen["argv"]
-        self.assertEqual(argv[1:argv.index("--")], ["--workdir=work"])
+    def test_without_a_config_none_is_named_and_the_workdir_lies_beside_it_and_is_said(
+            self) -> None:
+        done = self.run_with()
+        argv = done.seen["argv"]
+        self.assertEqual(argv[1:argv.index("--")], [f"--workdir={TOP}/work"])
+        self.assertIn(f"Log and report: {TOP}/work\n", done.output)
+        argv = self.run_with(WORKDIR=str(self.home)).seen["argv"]
+        self.assertEqual(argv[1:argv.index("--")], [f"--workdir={self.home}"])
 
     def test_further_arguments_are_handed_on(self) -> None:
         more = ["--only", "00*/pre x", "--dry-run", "", "-n", ODD]
@@ -234,8 +237,9 @@ class RunUpload(Wrapped):
         series.mkdir(parents=True)
         (series / "1.dcm").write_bytes(bytes(128) + b"DICM" + bytes(64))
         done = self.run_on_terminal(
-            [UPLOAD], self.settings(URL="http://127.0.0.1:1", USER_NAME="alice", PROJECT="P",
-                                    ROOTDIR="tree"), answer="tYped")
+            [UPLOAD, "--retries", "0"], self.settings(
+                URL="http://127.0.0.1:1", USER_NAME="alice", PROJECT="P", ROOTDIR="tree",
+                WORKDIR=str(self.home / "work")), answer="tYped")
         self.assertIn("assword", done.output)
         self.assertNotIn("tYped", done.output)
         self.assertEqual(done.status, 3, done.output)

@@ -18,9 +18,11 @@ import threading
 import time
 import unittest
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
+from xml.etree import ElementTree
 
 from tests import xnat_standin
 from tests.dicom import README_TREE, dicom_file, dicomdir_file, digests, readme_tree, uid
@@ -516,6 +518,27 @@ class HowAZipIsRead(Case):
             element(0x18, b"UI", b"2.25.7\0\0"))
         self.assertEqual((image.sop_class, image.sop_instance), ("1.2.3", "2.25.7"))
 
+    def test_what_deflates_well_is_read_whole_whatever_its_size(self) -> None:
+        piece = xnat_standin.PIECE
+        for size in 8 * piece - 1, 8 * piece, 8 * piece + 1, 2 << 20, (3 << 20) + 7:
+            for unit in b"\0", b"\0" * 31 + b"x", os.urandom(4000):
+                data = (unit * (size // len(unit) + 1))[:size]
+                for pipe in False, True:  # without and with a data descriptor
+                    packed = zipped({"a": data, "b": b"the next"}, pipe=pipe)
+                    for step in piece, 1000:
+                        more = iter(packed[at:at + step] for at in range(0, len(packed), step))
+                        stream = xnat_standin.Stream(partial(next, more, b""))
+                        found = [(entry.name, b"".join(entry.chunks) in (data, b"the next"))
+                                 for entry in xnat_standin.zip_entries(stream)]
+                        self.assertEqual(found, [("a", True), ("b", True)], (size, unit[:9], pipe))
+
+    def test_a_large_image_that_deflates_well_is_taken(self) -> None:
+        self.start()
+        for pipe in False, True:
+            data = zipped(images(1, pixels=bytes(2 << 20)), pipe=pipe)
+            self.assertEqual(self.send(data).status, 200)
+        self.assertEqual([file.damaged for file in self.xnat.files("007_pre")], [False])
+
     def test_a_copy_of_each_posted_file_is_kept_where_that_is_asked_for(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.start(keep=folder)
@@ -571,8 +594,19 @@ class WhatIgnoreUnparsablePassesOver(Case):
         self.start()
         self.assertEqual(self.send({**images(1), "n.txt": b"x"}, action="commit").status, 200)
 
-    def test_1_10_marks_a_partial_session_as_an_error(self) -> None:
-        for version, status in ("1.9.2", "RECEIVING"), ("1.10.0", "ERROR"):
+    def test_1_10_2_marks_the_session_of_a_client_that_has_gone_as_an_error_too(self) -> None:
+        for version, status in ("1.10.1", "RECEIVING"), ("1.10.2", "ERROR"):
+            with self.subTest(version):
+                data = zipped(images(3), zipfile.ZIP_STORED)
+                xnat = self.start(version=version, faults=[
+                    Fault("reset during", after_bytes=data.rindex(b"PK\3\4"))])
+                with self.assertRaises(ConnectionError):
+                    self.send(data, in_body="application/zip")
+                self.assertEqual(xnat.prearchive[0].status, status)
+
+    def test_1_10_2_marks_a_partial_session_as_an_error(self) -> None:
+        for version, status in (("1.9.2", "RECEIVING"), ("1.10.1", "RECEIVING"),
+                                ("1.10.2", "ERROR"), ("1.11", "ERROR")):
             with self.subTest(version):
                 xnat = self.start(version=version)
                 self.send({**images(1), "n.txt": b"x"})
@@ -1136,6 +1170,390 @@ class WhatCanBeRead(Case):
             self.assertEqual("Set-Cookie" in reply.headers, status == 200)
 
 
+SESSION = "/data/projects/BRAIN/subjects/007/experiments/007_pre"
+
+
+class WhatASessionHolds(Case):
+    """Section 13.1."""
+
+    def get(self, path: str, **params: str) -> List[Dict[str, str]]:
+        """The rows of a table."""
+        reply = self.call("GET", path, format="json", **params)
+        self.assertEqual(reply.status, 200, reply.text)
+        return reply.rows
+
+    def counts(self, what: str = "/scans/ALL/resources",
+               **params: str) -> List[Tuple[str, str, str]]:
+        """Scan, count and size of each resource."""
+        return [(row["cat_id"], row["file_count"], row["file_size"])
+                for row in self.get(SESSION + what, **params)]
+
+    def test_scans_tell_their_series_and_unknown_columns_are_passed_over(self) -> None:
+        self.start()
+        self.archived({**images(2, description="T1"), **images(1, number=2, description="T2")})
+        for columns in "ID,UID,series_description", "ID,nonsense,UID,xnat:a/b,series_description":
+            rows = self.get(SESSION + "/scans", columns=columns)
+            self.assertEqual([[row["ID"], row["UID"], row["series_description"]] for row in rows],
+                             [["1", uid(STUDY, 1), "T1"], ["2", uid(STUDY, 2), "T2"]])
+            self.assertEqual(set(rows[0]), {"ID", "UID", "series_description", "URI"})
+        self.assertNotIn("UID", self.get(SESSION + "/scans")[0])
+        [row, _] = self.get(SESSION + "/scans", columns="ID,type,quality,xsiType,frames,modality")
+        self.assertEqual((row["frames"], row["modality"]), ("2", "MR"))
+
+    def test_the_resources_of_all_scans_come_in_one_answer(self) -> None:
+        self.start()
+        self.archived({**images(2), **images(1, number=2)})
+        counts = self.counts()
+        self.assertEqual([(scan, count) for scan, count, _ in counts], [("1", "2"), ("2", "1")])
+        self.assertGreater(int(counts[0][2]), 1000)
+        for what in "/scans/*/resources", "/scans/%2A/resources", "/resources?all=true":
+            path, _, query = what.partition("?")
+            self.assertEqual(self.counts(path, **dict(parse_qsl(query))), counts, what)
+        self.assertEqual(self.counts("/resources"), [])
+
+    def test_statistics_may_be_blank_until_they_are_asked_for(self) -> None:
+        self.start(statistics="on request")
+        self.archived({**images(2), **images(1, number=2)})
+        blank = [("1", "", ""), ("2", "", "")]
+        for what in "/scans/ALL/resources", "/resources":
+            self.assertEqual(self.counts(what, all="true"), blank)
+        self.assertEqual(self.counts("/scans/1/resources"), blank[:1])
+        asked = self.counts(cache_file_stats="true")
+        self.assertEqual([count for _, count, _ in asked], ["2", "1"])
+        self.assertEqual(self.counts(), asked)  # they are kept...
+        self.archived(images(1, first=3))
+        self.assertEqual(self.counts(), [blank[0], asked[1]])  # ...until the scan changes
+
+    def test_statistics_may_stay_blank_and_the_names_are_there_all_the_same(self) -> None:
+        xnat = self.start(statistics="never")
+        self.archived(images(2))
+        self.assertEqual(self.counts(cache_file_stats="true"), [("1", "", "")])
+        names = SESSION + "/scans/1/resources/DICOM/files"
+        self.assertEqual([row["Name"] for row in self.get(names)], ["IM0001.dcm", "IM0002.dcm"])
+        xnat.knobs.file_names = False
+        self.assertEqual(self.get(names), [])
+
+    def test_a_project_s_sessions_tell_label_subject_and_study(self) -> None:
+        xnat = self.start()
+        self.archived(images(1))
+        self.archived(images(1, study=uid("b")), EXPT_LABEL="b", SUBJECT_ID="008")
+        self.archived(images(1), PROJECT_ID="OVER")
+        wanted = {"project": "BRAIN", "xsiType": "xnat:imageSessionData",
+                  "columns": "label,subject_label,UID"}
+        rows = self.get("/data/experiments", **wanted)
+        self.assertEqual([(row["label"], row["subject_label"], row["uid"]) for row in rows],
+                         [("007_pre", "007", STUDY), ("b", "008", uid("b"))])
+        xnat.knobs.refuse_lists = ["archive"]
+        self.assertEqual(self.call("GET", "/data/experiments", **wanted).status, 403)
+        self.assertEqual(self.call("GET", SESSION + "/scans").status, 200)
+
+    def test_a_project_s_prearchive_may_be_refused(self) -> None:
+        self.start(refuse_lists=["prearchive"])
+        address = self.send(images(1)).lines[0]
+        self.assertEqual(self.call("GET", "/data/prearchive/projects/BRAIN").status, 403)
+        self.assertEqual(self.call("GET", address + "?format=json").status, 200)
+
+    def test_what_people_made_by_hand_may_have_no_uid(self) -> None:
+        xnat = self.start()
+        xnat.make_session("BRAIN", "007_pre")
+        xnat.make_scan("BRAIN", "007_pre", "1")
+        xnat.make_scan("BRAIN", "007_pre", "2", uid="1.2.3")
+        rows = self.get(SESSION + "/scans", columns="ID,UID")
+        self.assertEqual([row["UID"] for row in rows], ["", "1.2.3"])
+        self.assertEqual(self.counts(), [("1", "0", "0"), ("2", "0", "0")])
+
+
+class WhatTheArchiveRefuses(Case):
+    """Section 13.3."""
+
+    def not_archived(self, text: str, content: Mapping[str, bytes], status: str = "CONFLICT",
+                     **params: str) -> str:
+        """The commit is a 500 with this text, which the row keeps; its address."""
+        address = self.send(content, **params).lines[0]
+        self.refused_commit(address, text, status)
+        return address
+
+    def refused_commit(self, address: str, text: str, status: str, **params: str) -> None:
+        """The commit of this row is refused."""
+        self.refused(self.commit(address, **params), 500,
+                     "FAILED: Unable to archive 007_pre: Operation Failed: " + text)
+        self.assertEqual([row.status for row in self.xnat.prearchive], [status])
+        self.assertIn(text, self.call("GET", address + "/logs/last").text)
+
+    def ids(self) -> Dict[str, int]:
+        """How many files each scan in the archive has."""
+        return {scan: len(files)
+                for scan, files in self.xnat.archive["BRAIN", "007_pre"].scans.items()}
+
+    def test_one_instance_twice_in_a_scan_is_an_error_that_only_a_new_row_mends(self) -> None:
+        text = ("Scan 1 DICOM catalog contains duplicated SOP instance UIDs: "
+                + uid(uid(STUDY, 1), 1))
+        for version, knob, refused in (("1.8.6", True, False), ("1.8.7", True, True),
+                                       ("1.10.2", True, True), ("1.10.2", False, False)):
+            with self.subTest(version=version, knob=knob):
+                self.start(version=version, unique_sop_uids=knob)
+                files = {**images(2), **images(1, name="copy/%d_%d")}
+                if not refused:
+                    self.assertEqual((self.archived(files).status, self.ids()), (301, {"1": 3}))
+                    continue
+                address = self.not_archived(text, files, "ERROR")
+                self.send(images(2), overwrite="delete")
+                self.refused_commit(address, text, "ERROR", overwrite_files="true")
+                self.call("DELETE", address)
+                self.assertEqual(self.archived(images(2)).status, 301)
+
+    def test_one_instance_in_two_scans_is_archived(self) -> None:
+        self.start()
+        again = images(1, number=2, sop_instance=uid(uid(STUDY, 1), 1))
+        self.assertEqual(self.archived({**images(1), **again}).status, 301)
+
+    def test_what_a_cut_upload_left_is_a_duplicate_or_no_dicom_or_is_replaced(self) -> None:
+        cases = (  # where it is cut, whether hash names are used when it is sent again
+            (b"\xe0\x7f\x10\0OW", True, "duplicated SOP instance UIDs"),
+            (b"\x20\0\x52\0UI", True, "has 1 non-DICOM (or non-parsable DICOM) files"),
+            (b"\x20\0\x52\0UI", False, ""))
+        for mark, rename, text in cases:
+            with self.subTest(mark=mark, rename=rename):
+                self.start()
+                again = {"rename": "true"} if rename else {}
+                data = zipped(images(2), zipfile.ZIP_STORED)
+                cut = data.rindex(mark) + 20
+                self.refused(self.send(data[:cut]), 400, "unable to read DICOM object IM0002.dcm")
+                files = images(2)
+                del files["s1/IM0001.dcm"]
+                if text:
+                    self.not_archived("Scan 1 ", files, "ERROR", **again)
+                    self.assertIn(text, self.xnat.prearchive[0].log)
+                else:
+                    self.assertEqual((self.archived(files).status, self.ids()), (301, {"1": 2}))
+
+    def test_a_part_alone_is_refused_if_its_header_is_cut_or_the_parser_is_strict(self) -> None:
+        header, pixels = b"\x20\0\x52\0UI", b"\xe0\x7f\x10\0OW"
+        for mark, strict, status in ((header, False, 500), (pixels, False, 301),
+                                     (pixels, True, 500)):
+            with self.subTest(mark=mark, strict=strict):
+                xnat = self.start(strict_parser=strict)
+                data = zipped(images(2), zipfile.ZIP_STORED)
+                self.send(data[:data.rindex(mark) + 20])
+                reply = self.commit("/data" + xnat.prearchive[0].uri)
+                self.assertEqual(reply.status, status)
+                self.assertEqual("Scan 1 has 1 non-DICOM" in reply.text, status == 500)
+
+    def test_a_twin_that_comes_later_is_renamed_and_refused_when_it_comes_again(self) -> None:
+        self.start()
+        twin: Dict[str, Any] = {"series": uid("twin"), "name": "t%d/T%d"}
+        self.archived(images(2, number=5))
+        self.assertEqual(self.archived(images(2, number=5, **twin)).status, 301)
+        self.assertEqual(self.ids(), {"5": 2, "5-MR1": 2})
+        text = "Session already contains a scan with the same UID, but a different number (5-MR1)."
+        for first in 1, 3:
+            address = self.not_archived(text, images(2, number=5, first=first, **twin))
+            self.refused_commit(address, text, "CONFLICT", overwrite_files="true")
+            self.call("DELETE", address)
+        both = {**images(3, number=5), **images(3, number=5, **twin)}
+        address = self.not_archived("Session already exists with matching files.", both)
+        self.assertEqual(self.commit(address, overwrite_files="true").status, 301)
+        self.assertEqual(self.ids(), {"5": 3, "5-MR1": 3})
+
+    def test_twins_of_one_round_may_all_get_another_number(self) -> None:
+        self.start(number_all_twins=True)
+        self.archived({**images(1, number=5), **images(2, number=5, series=uid("t"), name="%d%d"),
+                       **images(1, number=6)})
+        self.assertEqual(self.ids(), {"5-MR1": 1, "5-MR2": 2, "6": 1})
+
+    def test_another_modality_than_the_session_s_is_refused(self) -> None:
+        self.start()
+        ct, other = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
+        self.archived(images(1))
+        for sop_class in ct, other:
+            address = self.not_archived("Invalid modification of session modality",
+                                        images(1, number=2, sop_class=sop_class))
+            self.call("DELETE", address)
+        self.assertEqual(self.archived(images(1, sop_class=ct), EXPT_LABEL="ct").status, 301)
+        [row] = self.call("GET", "/data/projects/BRAIN/experiments?label=ct").rows
+        self.assertEqual(row["xsiType"], "xnat:ctSessionData")
+        mixed = {**images(1, number=2), **images(1, number=3, sop_class=other)}
+        self.assertEqual(self.archived(mixed).status, 301)
+
+    def test_equal_names_in_one_scan_match_too_and_are_replaced(self) -> None:
+        self.start()
+        self.archived(images(2, name="s/%d_%d"))
+        other = images(1, first=3, name="s/%d_%d")
+        renamed = {"s/1_1": other["s/1_3"]}
+        address = self.not_archived("Session already exists with matching files.", renamed)
+        self.assertEqual(self.commit(address, overwrite_files="true").status, 301)
+        self.assertEqual(sorted(self.xnat.instances("007_pre")),
+                         sorted(uid(uid(STUDY, 1), instance) for instance in (2, 3)))
+
+    def test_new_files_of_a_known_scan_merge_and_so_do_equal_names_of_other_scans(self) -> None:
+        self.start()
+        self.archived(images(2))
+        self.assertEqual(self.archived({**images(2, first=3), **images(2, number=2)}).status, 301)
+        self.assertEqual(self.ids(), {"1": 4, "2": 2})
+
+    def test_a_scan_without_a_uid_takes_in_any_series(self) -> None:
+        xnat = self.start()
+        xnat.make_session("BRAIN", "007_pre")
+        for scan, series in ("1", ""), ("2", "1.2.3"):
+            xnat.make_scan("BRAIN", "007_pre", scan, series)
+        self.assertEqual(self.archived({**images(2), **images(3, number=2)}).status, 301)
+        self.assertEqual(self.ids(), {"1": 2, "2": 0, "2-MR1": 3})
+
+
+class WhatThePrearchiveHolds(Case):
+    """Section 13.2."""
+
+    def test_its_list_tells_the_study(self) -> None:
+        self.start()
+        self.send(images(1))
+        [row] = self.call("GET", "/data/prearchive/projects/BRAIN?format=json").rows
+        self.assertEqual((row["name"], row["tag"], row["status"], row["autoarchive"]),
+                         ("007_pre", STUDY, "RECEIVING", "4"))
+
+    def scans(self, address: str) -> Dict[str, str]:
+        """The UIDs of the scans, as the XML tells them."""
+        reply = self.call("GET", address, format="xml")
+        self.assertEqual((reply.status, reply.headers.get_content_type()), (200, "text/xml"))
+        root = ElementTree.fromstring(reply.text)
+        self.assertEqual((root.tag, root.get("UID"), root.get("label")),
+                         ("{http://nrg.wustl.edu/xnat}MRSession", STUDY, "007_pre"))
+        found = root.findall("x:scans/x:scan", {"x": "http://nrg.wustl.edu/xnat"})
+        return {scan.get("ID", ""): scan.get("UID", "") for scan in found}
+
+    def test_after_a_build_there_are_the_uids_and_counts_of_that_build(self) -> None:
+        self.start()
+        address = self.send(images(2, description="<T1 & \u00e4>")).lines[0]
+        self.refused(self.call("GET", address, format="xml"), 404, "prearc resource")
+        built = self.call("POST", address + "?action=build")
+        self.assertEqual((built.status, built.text), (200, address))
+        self.assertEqual(self.xnat.prearchive[0].status, "READY")
+        self.assertEqual(self.scans(address), {"1": uid(STUDY, 1)})
+        self.assertEqual(self.send(images(1, number=2)).lines, [address])
+        for now in ["1"], ["1", "2"]:  # stale while it is RECEIVING again
+            self.assertEqual(sorted(self.scans(address)), now)
+            rows = self.call("GET", address + "/resources?format=json").rows
+            self.assertEqual([row["cat_id"] for row in rows], now)
+            rows = self.call("GET", address + "/scans?format=json&columns=ID,UID").rows
+            self.assertEqual(([row["ID"] for row in rows], "UID" in rows[0]), (now, False))
+            self.call("POST", address + "?action=build")
+
+    def test_a_locked_row_is_not_built(self) -> None:
+        xnat = self.start()
+        address = self.send(images(1)).lines[0]
+        xnat.prearchive[0].status = "_ARCHIVING"
+        self.refused(self.call("POST", address + "?action=build"), 409, "session document locked")
+
+
+class ACommitThatWaits(Case):
+    """Section 13.4."""
+
+    def statuses(self) -> List[str]:
+        """The status of each row, as the list tells it."""
+        rows = self.call("GET", "/data/prearchive/projects/BRAIN?format=json").rows
+        return [row["status"] for row in rows]
+
+    def test_a_row_in_the_queue_is_ready_and_a_second_commit_is_423(self) -> None:
+        xnat = self.start(queue_seconds=30)
+        address = self.send(images(2)).lines[0]
+        replies: List[Reply] = []
+        first = threading.Thread(target=lambda: replies.append(self.commit(address)))
+        first.start()
+        self.assertTrue(xnat.wait_for(lambda: xnat.prearchive[0].queued))
+        self.assertEqual((self.statuses(), xnat.archive), (["READY"], {}))
+        self.refused(self.commit(address), 423, "Duplicate archive attempt")
+        xnat._stopping.set()  # ends the delay
+        first.join(10)
+        self.assertEqual(([reply.status for reply in replies], self.statuses()), ([301], []))
+
+    def test_the_answer_may_be_lost_while_the_row_is_in_the_queue(self) -> None:
+        xnat = self.start(faults=[Fault("queued", "action=commit", seconds=60)])
+        with self.assertRaises(http.client.RemoteDisconnected):
+            self.archived(images(2))
+        self.assertEqual((self.statuses(), xnat.archive), (["READY"], {}))
+        xnat._stopping.set()  # ends the delay
+        self.assertTrue(xnat.wait_for(lambda: xnat.archive))
+        self.assertEqual((self.statuses(), self.count(), xnat.abuses), ([], 2, []))
+
+    def test_a_lost_answer_of_a_commit_that_is_not_queued_comes_to_an_end_too(self) -> None:
+        self.start(faults=[Fault("queued", "action=commit", seconds=30)])
+        began = time.monotonic()
+        with self.assertRaises(http.client.RemoteDisconnected):
+            self.archived(images(2), PROJECT_ID="MANUAL")
+        self.assertEqual(self.xnat.prearchive[0].status, "READY")
+        self.assertLess(time.monotonic() - began, 8)
+
+    def test_it_gives_up_when_queue_and_archiving_take_too_long_together(self) -> None:
+        xnat = self.start(queue_seconds=0.1, archive_seconds=0.1, archive_timeout=0.15)
+        self.refused(self.archived(images(2)), 500, "did not return a valid data URI within")
+        self.assertTrue(xnat.wait_for(lambda: xnat.archive))
+
+    def test_the_texts_of_a_busy_server_come_with_any_status_and_nothing_is_done(self) -> None:
+        xnat = self.start()
+        address = self.send(images(1)).lines[0]
+        for text in xnat_standin.BUSY:
+            for status in 409, 423, 500:
+                xnat.fail("error page", "action=commit", status=status, text=text)
+                self.refused(self.commit(address), status, text)
+        self.assertEqual(xnat.prearchive[0].status, "RECEIVING")
+        self.assertEqual(self.commit(address).status, 301)
+
+
+class Scripts(Case):
+    """Sections 13.3 and 13.5."""
+
+    def test_a_site_s_script_may_change_sizes(self) -> None:
+        for knob in "site_script", "project_script":
+            with self.subTest(knob):
+                xnat = self.start(**{knob: ["sizes"]})
+                files = images(2)
+                self.send(files)
+                self.archived(files)
+                sizes = {file.size for file in xnat.files("007_pre")}
+                self.assertFalse(sizes & set(map(len, files.values())))
+                self.assertFalse(set(xnat.stored("007_pre")) & set(map(sha256, files.values())))
+                self.assertEqual(set(xnat.instances("007_pre")),
+                                 {uid(uid(STUDY, 1), 1), uid(uid(STUDY, 1), 2)})
+
+    def seen(self) -> Tuple[str, List[str]]:
+        """The Study UID and the scans' UIDs in the archive."""
+        [session] = self.call("GET", "/data/experiments?project=BRAIN&columns=UID").rows
+        scans = self.call("GET", SESSION + "/scans?columns=ID,UID").rows
+        return session["uid"], [scan["UID"] for scan in scans]
+
+    def test_a_site_s_script_may_change_uids_in_what_is_stored(self) -> None:
+        xnat = self.start(site_script={"uids"})
+        first = self.send(images(2)).lines
+        self.assertEqual(self.send(images(1, number=2)).lines, first)
+        self.assertFalse(set(xnat.instances("007_pre")) & {uid(uid(STUDY, 1), 1)})
+        self.call("POST", first[0] + "?action=build")
+        [row] = self.call("GET", "/data/prearchive/projects/BRAIN?format=json").rows
+        self.assertEqual(row["tag"], xnat_standin.other_uid(STUDY))
+        second = self.send(images(1, first=3)).lines  # no row has this study any longer
+        self.assertNotEqual(first, second)
+        self.assertEqual([self.commit(line).status for line in first + second], [301, 301])
+        other = xnat_standin.other_uid
+        self.assertEqual(self.seen(), (other(STUDY), [other(uid(STUDY, 1)), other(uid(STUDY, 2))]))
+        self.assertEqual(self.count(), 4)
+
+    def test_a_file_whose_uid_was_changed_is_kept_twice_when_it_comes_again(self) -> None:
+        for rename, status in ("", 500), ("true", 301):
+            self.start(site_script={"uids"})
+            self.send(images(2), rename=rename)
+            self.assertEqual(self.archived(images(2), rename=rename).status, status)
+
+    def test_a_project_s_script_changes_uids_only_in_the_archive(self) -> None:
+        xnat = self.start(project_script={"uids"})
+        self.send(images(2))
+        self.send(images(2))
+        self.assertEqual(xnat.prearchive[0].tag, STUDY)
+        self.assertIn(uid(uid(STUDY, 1), 1), xnat.instances("007_pre"))
+        self.commit("/data" + xnat.prearchive[0].uri)
+        other = xnat_standin.other_uid
+        self.assertEqual(self.seen(), (other(STUDY), [other(uid(STUDY, 1))]))
+        self.assertNotIn(uid(uid(STUDY, 1), 1), xnat.instances("007_pre"))
+        self.refused(self.archived(images(1, number=2)), 500, "modification of session UID")
+
+
 class Races(Case):
     """Section 5: parallel POSTs into one session."""
 
@@ -1210,7 +1628,7 @@ class FaultsToInject(Case):
 
     def test_a_504_while_the_work_goes_on(self) -> None:
         xnat = self.inject("background")
-        xnat.knobs.seconds_per_file = 0.05
+        xnat.knobs.seconds_per_file = 0.3
         self.assertEqual((self.send(images(4)).status, self.count()), (504, 0))
         self.assertTrue(xnat.wait_for(lambda: xnat.imports()[0].address))
         self.assertEqual((self.count(), len(xnat.imports()[0].entries)), (4, 4))
@@ -1219,6 +1637,61 @@ class FaultsToInject(Case):
         xnat = self.inject("background", "action=commit")
         self.assertEqual(self.archived(images(2)).status, 504)
         self.assertTrue(xnat.wait_for(lambda: xnat.archive))
+
+    def hang_up_in(self, body: bytes, kind: str, sent: int) -> None:
+        """Send so much of an import, then go."""
+        head = ("POST %s?import-handler=DICOM-zip&PROJECT_ID=BRAIN&EXPT_LABEL=007_pre HTTP/1.1\r\n"
+                "Host: x\r\nAuthorization: Basic %s\r\nContent-Type: %s\r\n"
+                "Content-Length: %d\r\n\r\n" % (
+                    IMPORT, base64.b64encode(b"alice:s3cret").decode(), kind, len(body)))
+        with socket.create_connection(("127.0.0.1", self.xnat.port)) as line:
+            line.sendall(head.encode() + body[:sent])
+
+    def read(self, entries: int) -> bool:
+        """Whether the first import has read so many entries."""
+        return len(self.xnat.imports()[0].entries) >= entries
+
+    def test_an_import_lands_late_after_its_client_has_gone(self) -> None:
+        data = zipped(images(3), zipfile.ZIP_STORED)
+        whole = form([("file", "x.zip", data)])
+        form_type = "multipart/form-data; boundary=" + BOUNDARY
+        for body, kind, sent, landed in (
+                (data, "application/zip", data.rindex(b"PK\3\4"), 2),
+                (data, "application/zip", len(data), 3),
+                (whole, form_type, len(whole) - 2000, 0), (whole, form_type, len(whole), 3)):
+            with self.subTest(kind=kind, sent=sent):
+                xnat = self.inject("late landing", seconds=60)
+                self.hang_up_in(body, kind, sent)
+                self.assertTrue(xnat.wait_for(partial(getattr, xnat, "requests")))
+                address = self.send(images(1, number=2)).lines[0]
+                self.assertEqual(self.count(), 1)
+                xnat._stopping.set()  # ends the delay
+                self.assertTrue(xnat.wait_for(partial(self.read, landed)))
+                self.assertEqual((self.count(), xnat.abuses), (1 + landed, []))
+                self.assertEqual(["/data" + row.uri for row in xnat.prearchive], [address])
+
+    def test_an_import_lands_late_after_a_reset_or_before_its_answer(self) -> None:
+        data = zipped(images(3), zipfile.ZIP_STORED)
+        xnat = self.inject("late landing", seconds=60, after_bytes=data.rindex(b"PK\3\4"))
+        with self.assertRaises(ConnectionError):
+            self.send(data, in_body="application/zip")
+        self.assertEqual(self.count(), 0)
+        xnat._stopping.set()  # ends the delay
+        self.assertTrue(xnat.wait_for(lambda: self.count() == 2))
+        self.inject("late landing", seconds=0.2)
+        began = time.monotonic()
+        self.assertEqual((self.send(data).status, self.count()), (200, 3))
+        self.assertGreaterEqual(time.monotonic() - began, 0.2)
+
+    def test_error_pages_have_no_heading_from_1_11_on(self) -> None:
+        for version, heading in ("1.10.2", True), ("1.11.0", False):
+            self.start(version=version, faults=[Fault("error page", "auth", status=423, text="b<")])
+            for reply in (self.send({"notes.txt": b"x"}), self.call("GET", "/data/projects/NONE"),
+                          self.call("GET", "/data/auth")):
+                self.assertEqual("<h3>" in reply.text, heading)
+                self.assertIn("<title>Status page</title>", reply.text)
+            self.assertEqual("<p>b&lt;</p>" in reply.text, not heading)
+            self.assertEqual(">Locked</p>" in reply.text, not heading)
 
     def test_resets(self) -> None:
         for kind, stored in ("reset before", 0), ("reset during", 0), ("reset after", 2):

@@ -41,11 +41,13 @@ from base64 import b64decode
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (IO, Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping,
                     NamedTuple, Optional, Set, Tuple, Type, Union)
 from urllib.parse import parse_qsl, unquote
+from xml.sax.saxutils import quoteattr
 
 PIECE = 128 * 1024          # bytes per read
 HEAD = 256 * 1024           # bytes of a file in which its DICOM header must lie
@@ -62,6 +64,8 @@ IN_BODY_NAMES = {  # content types that XNAT takes as "the body is the file" (se
     "application/octet-stream": "upload", "application/dicom": "upload.dcm",
 }
 CONCURRENT = "Concurrent file sends of the same data is not supported."
+BUSY = ("Session processing in progress", "Duplicate archive attempt",
+        "Destination session in use")  # with 409, 423 or 500; waiting heals them (section 13.4)
 NOT_FOUND = "Unable to find the specified experiment."  # for projects too (section 7)
 LOGIN_FAILED = (
     "Your login attempt failed because the username and password combination you provided was "
@@ -86,6 +90,7 @@ class Knobs:
     tick_seconds: float = 60          # ...by a thread that looks so often (section 6.1)
     archive_timeout: float = 600      # a commit gives up waiting after so long
     build_delay: float = 0            # seconds a build takes
+    queue_seconds: float = 0          # seconds a row waits, READY, before that (section 13.4)
     archive_seconds: float = 0        # seconds the move into the archive takes
     write_delay: float = 0            # seconds each file's lock is held
     seconds_per_file: float = 0       # import time per file, inside the POST
@@ -93,9 +98,21 @@ class Knobs:
     drain: bool = False               # take the bytes, read only the first file: for benchmarks
     route_by_header: bool = False     # an unknown project: StudyDescription may name one
     snapshots: bool = False           # archived scans have a SNAPSHOTS resource too
-    all_scans: bool = True            # scans/ALL stands for all of them, in the archive
+    all_scans: bool = True            # scans/ALL, and *, stand for all of them, in the archive
+    statistics: str = "stored"        # of resources; "on request" and "never": blank (13.1)
+    file_names: bool = True           # False: scans/N/resources/DICOM/files is an empty list
+    refuse_lists: Collection[str] = ()  # "archive", "prearchive": a project's list is a 403
     keep: str = ""                    # a folder that gets each file of a form, for other judges
     reject: Union[Collection[str], Callable[[str], bool]] = ()  # series XNAT's filter throws away
+    unique_sop_uids: bool = True      # from 1.8.7: one SOP instance twice in a scan is refused
+    strict_parser: bool = False       # a file that is cut in its pixels is non-parsable too
+    number_all_twins: bool = False    # series of one number: n-MR1, n-MR2; not n, n-MR1
+    site_script: Collection[str] = ()     # "sizes", "uids": changed in each file that is stored...
+    project_script: Collection[str] = ()  # ...or when it is archived
+
+    def since(self, *version: int) -> bool:
+        """Whether this XNAT is that version or newer."""
+        return tuple(map(int, re.findall(r"\d+", self.version)[:3])) >= version
 
 
 @dataclass
@@ -150,9 +167,51 @@ class Stored:
     size: int
     sha256: str
     damaged: bool = False
+    parsable: bool = True             # False: not even its header is whole
+    study: str = ""
+
+    def scripted(self, changes: Collection[str]) -> "Stored":
+        """The file as a script leaves it that changes "sizes" or "uids"."""
+        if not changes:
+            return self
+        file = replace(self, sha256=hashlib.sha256(self.sha256.encode()).hexdigest())
+        if "sizes" in changes:
+            file = replace(file, size=file.size + 130)
+        if "uids" in changes:
+            file = replace(file, study=other_uid(file.study), series=other_uid(file.series),
+                           sop_instance=other_uid(file.sop_instance))
+        return file
+
+
+def other_uid(uid: str) -> str:
+    """What a script makes of a UID: always the same."""
+    return "2.25.%d" % int.from_bytes(hashlib.sha256(uid.encode()).digest()[:16], "big")
 
 
 Scans = Dict[str, Dict[str, Stored]]  # scan id -> file name -> file
+
+
+MODALITIES = {"1.2.840.10008.5.1.4.1.1." + end: modality for modality, ends in (
+    ("PT", "128 128.1 130"), ("MR", "4 4.1 4.2 4.3 4.4"), ("CT", "2 2.1 2.2"))
+    for end in ends.split()}
+KINDS_OF_DATA = {"PT": "pet", "MR": "mr", "CT": "ct", "OT": "otherDicom"}
+
+
+def modality_of(files: Iterable[Stored]) -> str:
+    """The modality of a session or scan with these files, told from their SOP classes: the first
+    of KINDS_OF_DATA; an MR if there are none."""
+    found = {MODALITIES.get(file.sop_class, "OT") for file in files}
+    return next((modality for modality in KINDS_OF_DATA if modality in found), "MR")
+
+
+def data_type(modality: str, what: str) -> str:
+    """The data type of a Session or a Scan of this modality."""
+    return "xnat:%s%sData" % (KINDS_OF_DATA[modality], what)
+
+
+def series_uid(files: Mapping[str, Stored]) -> str:
+    """The Series Instance UID of a scan with these files."""
+    return next((file.series for file in files.values()), "")
 
 
 @dataclass
@@ -172,6 +231,7 @@ class Row:
     lastmod: float = field(default_factory=time.monotonic)
     files: Dict[Tuple[str, str], Stored] = field(default_factory=dict)
     built: Optional[Scans] = None
+    queued: bool = False              # for the archive; its status does not tell
 
     @property
     def uri(self) -> str:
@@ -188,6 +248,8 @@ class Session:
     uid: str
     number: int
     scans: Scans = field(default_factory=dict)
+    by_hand: Dict[str, str] = field(default_factory=dict)  # UIDs of scans that somebody made
+    counted: Set[str] = field(default_factory=set)  # scans whose statistics were asked for
 
     @property
     def id(self) -> str:
@@ -204,6 +266,15 @@ class Session:
     def files(self) -> List[Stored]:
         """All its files."""
         return [file for files in self.scans.values() for file in files.values()]
+
+    @property
+    def modality(self) -> str:
+        """Its modality."""
+        return modality_of(self.files)
+
+    def series(self, scan: str) -> str:
+        """The Series Instance UID of a scan; one that was made by hand may have none."""
+        return self.by_hand.get(scan, series_uid(self.scans[scan]))
 
 
 @dataclass(frozen=True)
@@ -262,6 +333,8 @@ KINDS = {
     "early status": "nginx-like page with `status`, `retry_after`; then lingers as nginx does",
     "reset before": "RST before the body is read",
     "reset during": "RST after `after_bytes` of the body",
+    "late landing": "the work begins `seconds` after the end of the body, be that because the "
+                    "client has gone in the middle of it, or because of an RST after `after_bytes`",
     "stall before": "silent for `seconds` before it reads the body, then goes on as usual",
     "drop sessions": "all HTTP sessions are forgotten, then goes on as usual",
     "disable account": "the account in use is disabled: 401 from now on",
@@ -276,6 +349,8 @@ KINDS = {
     "answer": "`status`, `headers`, `body`",
     # the work is done, or goes on
     "background": "`status` (504 instead of 503) at once, while the work goes on",
+    "queued": "FIN without an answer to a commit once it is queued; its row says READY for "
+              "`seconds`, then it is archived",
     "late status": "the work is done, the answer is an nginx-like page with `status`",
     "reset after": "the work is done, then RST",
     "close after": "the work is done, then FIN without an answer",
@@ -332,12 +407,18 @@ class Vanish(Exception):
         self.reset, self.last_words = reset, last_words
 
 
-def status_page(status: int, text: str) -> Answer:
-    """Restlet's error page (section 4.2)."""
-    page = ("<html>\n<head>\n   <title>Status page</title>\n</head>\n<body>\n<h3>%s</h3>"
+def status_page(status: int, text: str, restlet: int = 1) -> Answer:
+    """The error page of Restlet 1 (section 4.2) or of Restlet 2 (section 13.6)."""
+    body, said = "<body>", "<h3>%s</h3>" % text
+    if restlet > 1:
+        body = '<body style="font-family: sans-serif;">'
+        said = ('<p style="font-size: 1.2em;font-weight: bold;margin: 1em 0px;">%s</p>\n'
+                "<p>%s</p>\n" % (responses.get(status, "Error"), html.escape(text)))
+    page = ("<html>\n<head>\n   <title>Status page</title>\n</head>\n%s\n%s"
             "<p>You can get technical details <a href=\"http://www.w3.org/Protocols/rfc2616/"
             "rfc2616-sec10.html#sec10.4.%d\">here</a>.<br>\nPlease continue your visit at our "
-            "<a href=\"/\">home page</a>.\n</p>\n</body>\n</html>\n" % (text, status % 100 + 1))
+            "<a href=\"/\">home page</a>.\n</p>\n</body>\n</html>\n"
+            % (body, said, status % 100 + 1))
     return Answer(status, page.encode(), "text/html;charset=UTF-8")
 
 
@@ -496,6 +577,22 @@ class Spool:
     def some(self) -> bytes:
         """The next bytes; none at the end."""
         return self.file.read(PIECE)
+
+
+class Remains:
+    """A body that may break off: what there is of it, and how it ended."""
+
+    def __init__(self, some: Callable[[], bytes]) -> None:
+        self._some = some
+        self.end: Optional[Exception] = None
+
+    def some(self) -> bytes:
+        """The next bytes; none at the end, or where it breaks off."""
+        try:
+            return self._some()
+        except (OSError, Vanish) as end:
+            self.end = end
+            return b""
 
 
 class Stream:
@@ -677,7 +774,8 @@ def _inflated(stream: Stream, local: Local) -> Iterator[bytes]:
             raise ZipTrouble(str(error)) from None
         if not data and not out:
             raise ZipTrouble("Unexpected end of ZLIB input stream")
-        packed += len(data) - len(inflater.unconsumed_tail) - len(inflater.unused_data)
+        # At its end the inflater shows what is left in both places.
+        packed += len(data) - len(inflater.unused_data or inflater.unconsumed_tail)
         size += len(out)
         crc = zlib.crc32(out, crc)
         if out:
@@ -786,13 +884,13 @@ def read_image(head: bytes) -> Image:
     else:
         raise ValueError("not a DICOM stream")
     try:
-        return _read_from(head, at)
+        return _read_from(*_data_set(head, at))
     except struct.error:
         raise ValueError("the header is cut") from None
 
 
-def _read_from(head: bytes, at: int) -> Image:
-    """The meta elements tell how to read the rest."""
+def _data_set(head: bytes, at: int) -> Tuple[DataSet, int]:
+    """The data set and where it begins: the meta elements tell how to read it."""
     meta, syntax = DataSet(head, "<", True), b""
     while head[at:at + 2] == b"\2\0":
         tag, start, end, at = meta.element(at)
@@ -802,7 +900,12 @@ def _read_from(head: bytes, at: int) -> Image:
         head, at = zlib.decompressobj(-15).decompress(head[at:], HEAD), 0
     turned = not at and head[:2] in (b"\0\2", b"\0\10")  # no meta elements told of it
     order = ">" if turned or syntax == b"1.2.840.10008.1.2.2" else "<"
-    data_set = DataSet(head, order, head[at + 4:at + 6] in ALL_VRS)
+    return DataSet(head, order, head[at + 4:at + 6] in ALL_VRS), at
+
+
+def _read_from(data_set: DataSet, at: int) -> Image:
+    """The elements that are wanted."""
+    head = data_set.data
     found: Dict[str, str] = {}
     while at < len(head):
         tag, start, end, at = data_set.element(at)
@@ -813,6 +916,17 @@ def _read_from(head: bytes, at: int) -> Image:
         if tag in WANTED:
             found[WANTED[tag]] = head[start:end].decode("utf-8", "replace").strip("\0 ")
     return Image(**found)
+
+
+def reaches_pixels(head: bytes) -> bool:
+    """Whether what is left of a file is all that comes before its pixels; it has an Image."""
+    try:
+        data_set, at = _data_set(head, 132 if head[128:132] == b"DICM" else 0)
+        while struct.unpack_from(data_set.order + "H", data_set.data, at)[0] != 0x7FE0:
+            at = data_set.element(at)[3]
+    except struct.error:
+        return False
+    return True
 
 
 # ---- Accounts --------------------------------------------------------------------------------
@@ -957,20 +1071,35 @@ class Store:
     def build(self, row: Row) -> None:
         """Catalogue the row's files: equal numbers of different series become n, n-MR1, ..."""
         with self.changed:
-            built: Scans = {}
-            ids: Dict[Tuple[str, str], str] = {}
+            folders: Dict[str, Dict[str, Dict[str, Stored]]] = {}
             for (folder, name), file in row.files.items():
-                if (folder, file.series) not in ids:
-                    others = sum(scan == folder for scan, _ in ids)
-                    ids[folder, file.series] = "%s-MR%d" % (folder, others) if others else folder
-                scan = ids[folder, file.series]
-                built.setdefault(scan, {})[name] = replace(file, scan=scan)
-            row.built = built
+                folders.setdefault(folder, {}).setdefault(file.series, {})[name] = file
+            self._retag(row)
+            row.built = {}
+            for folder, twins in folders.items():
+                first = 1 if self.knobs.number_all_twins and len(twins) > 1 else 0
+                for number, files in enumerate(twins.values(), first):
+                    scan = twin(folder, files, number) if number else folder
+                    row.built[scan] = {name: replace(file, scan=scan)
+                                       for name, file in files.items()}
 
-    def commit(self, row: Row, archive: bool, overwrite: bool,
-               idle: bool = False) -> Union[Row, Session]:
+    def _retag(self, row: Row) -> None:
+        """A build takes the Study UID from the files; where a script has changed that, a later
+        import finds no row of its own study and gets a new one (section 13.5)."""
+        study = next((file.study for file in row.files.values()), row.tag)
+        if study != row.tag:
+            old, new = ((row.project, tag, row.name) for tag in (row.tag, study))
+            if self._by_key.get(old) is row:
+                self._by_key.setdefault(new, self._by_key.pop(old))
+            row.tag = study
+
+    def commit(self, row: Row, archive: bool, overwrite: bool, idle: bool = False,
+               queue_seconds: float = 0) -> Union[Row, Session]:
         """Build the row, then archive it if the project or the caller wants it (section 6.2)."""
+        queue_seconds = queue_seconds or self.knobs.queue_seconds
         with self.changed:
+            if row.queued:
+                raise XnatError(423, "Duplicate archive attempt")
             if row.status.startswith("_"):
                 raise XnatError(409, "session document locked")
             row.status = "_BUILDING"
@@ -981,22 +1110,29 @@ class Store:
             if not (archive or self.code(row.project) in (4, 5)):
                 row.status = "READY"
                 return row
-            row.status = "_ARCHIVING"
+            row.queued = queue_seconds > 0
+            row.status = "READY" if row.queued else "_ARCHIVING"
             self.changed.notify_all()
-        if idle or self.knobs.archive_seconds <= self.knobs.archive_timeout:
-            return self._archive_slowly(row, overwrite)
-        threading.Thread(target=self._archive_unheard, args=(row, overwrite), daemon=True).start()
+        whole = queue_seconds + self.knobs.archive_seconds
+        if idle or whole <= self.knobs.archive_timeout:
+            return self._archive_slowly(row, overwrite, queue_seconds)
+        threading.Thread(target=self._archive_unheard, args=(row, overwrite, queue_seconds),
+                         daemon=True).start()
         self.pause(self.knobs.archive_timeout)
         raise XnatError(500, "FAILED: %s did not return a valid data URI within the timeout "
                              "interval of %d seconds." % (row.uri, self.knobs.archive_timeout))
 
-    def _archive_unheard(self, row: Row, overwrite: bool) -> None:
+    def _archive_unheard(self, row: Row, overwrite: bool, queue_seconds: float) -> None:
         """The archiving that goes on after its commit gave up."""
         with contextlib.suppress(XnatError):
-            self._archive_slowly(row, overwrite)
+            self._archive_slowly(row, overwrite, queue_seconds)
 
-    def _archive_slowly(self, row: Row, overwrite: bool) -> Session:
-        """Move the row into the archive."""
+    def _archive_slowly(self, row: Row, overwrite: bool, queue_seconds: float) -> Session:
+        """Move the row into the archive, when its turn has come."""
+        self.pause(queue_seconds)
+        with self.changed:
+            row.status, row.queued = "_ARCHIVING", False
+            self.changed.notify_all()
         self.pause(self.knobs.archive_seconds)
         with self.changed:
             try:
@@ -1016,13 +1152,28 @@ class Store:
             raise Refused(500, "Identifiers cannot use special characters.")
         subject = self._known_subject(row.project, subject)
         session = self.archive.get((row.project, label))
-        if session is None:
-            self._count += 1
-            session = Session(row.project, label, subject, row.tag, self._count)
-        self._refuse(row, session, subject, overwrite)
-        self._merge(session, row.built or {})
-        self.archive[row.project, label] = session
+        scans = row.built or {}
+        if session:
+            self._refuse_session(row, session, subject)
+        self._refuse_catalogs(scans)
+        if session:
+            scans = self._placed(session, scans)
+            self._refuse_files(session, {} if overwrite else scans)
+        else:
+            session = self.new_session(row.project, label, subject, row.tag)
+            if "uids" in self.knobs.project_script:
+                session.uid = other_uid(row.tag)
+        self._merge(session, {
+            scan: {name: file.scripted(self.knobs.project_script) for name, file in files.items()}
+            for scan, files in scans.items()})
         self.remove(row)
+        return session
+
+    def new_session(self, project: str, label: str, subject: str, uid: str) -> Session:
+        """A new session in the archive."""
+        self._count += 1
+        session = Session(project, label, subject, uid, self._count)
+        self.archive[project, label] = session
         return session
 
     def _known_subject(self, project: str, subject: str) -> str:
@@ -1033,36 +1184,73 @@ class Store:
         return subject
 
     @staticmethod
-    def _refuse(row: Row, session: Session, subject: str, overwrite: bool) -> None:
-        """Why a row may not be merged into a session."""
+    def _refuse_session(row: Row, session: Session, subject: str) -> None:
+        """Why a row may not be merged into a session at all."""
         if session.subject != subject:
             raise Refused(409, "Invalid modification of session subject via archive process.: "
                                "%s Already Exists for another Subject" % session.label)
-        if session.uid != row.tag:
+        if session.uid not in ("", row.tag):
             raise Refused(409, "Invalid modification of session UID via archive process.")
-        held = {file.sop_instance for file in session.files}
-        sent = {file.sop_instance for files in (row.built or {}).values()
-                for file in files.values()}
-        if held & sent and not overwrite:
-            raise Refused(409, "Session already exists with matching files.")
+        sent = [file for files in (row.built or {}).values() for file in files.values()]
+        if session.files and modality_of(sent) != modality_of(session.files):
+            raise Refused(409, "Invalid modification of session modality via archive process.")
+
+    def _refuse_catalogs(self, scans: Scans) -> None:
+        """What makes a scan unfit for any archive, from 1.8.7 on; overwriting does not help
+        (section 13.3)."""
+        if not self.knobs.since(1, 8, 7):
+            return
+        for scan, files in scans.items():
+            bad = sum(not file.parsable or file.damaged and self.knobs.strict_parser
+                      for file in files.values())
+            if bad:
+                raise Refused(500, "Scan %s has %d non-DICOM (or non-parsable DICOM) files"
+                              % (scan, bad))
+            counts = Counter(file.sop_instance for file in files.values())
+            twice = [instance for instance, count in counts.items() if count > 1]
+            if twice and self.knobs.unique_sop_uids:
+                raise Refused(500, "Scan %s DICOM catalog contains duplicated SOP instance UIDs: "
+                                   "%s" % (scan, ", ".join(twice)))
+
+    @staticmethod
+    def _placed(session: Session, scans: Scans) -> Scans:
+        """The scans by the ids that they get in a session: an id that another series has there
+        becomes n-MR1; a scan without a UID, made by hand, takes in any series."""
+        placed: Scans = {}
+        for scan, files in scans.items():
+            series = series_uid(files)
+            for other in session.scans:
+                if other != scan and series == session.series(other):
+                    raise Refused(409, "Session already contains a scan with the same UID, but a "
+                                       "different number (%s)." % other)
+            number, place = 0, scan
+            while place in placed or place in session.scans and (
+                    session.series(place) not in ("", series)):
+                number += 1
+                place = twin(scan, files, number)
+            placed[place] = files
+        return placed
+
+    @staticmethod
+    def _refuse_files(session: Session, scans: Scans) -> None:
+        """Equal instances, or equal names, in one scan are a conflict."""
+        for scan, files in scans.items():
+            held = session.scans.get(scan, {})
+            instances = {file.sop_instance for file in held.values()}
+            if any(name in held or file.sop_instance in instances
+                   for name, file in files.items()):
+                raise Refused(409, "Session already exists with matching files.")
 
     @staticmethod
     def _merge(session: Session, scans: Scans) -> None:
-        """Put the scans into the session; equal instances are replaced."""
-        sent = {file.sop_instance for files in scans.values() for file in files.values()}
-        for held in session.scans.values():
-            for name in [name for name, file in held.items() if file.sop_instance in sent]:
-                del held[name]
+        """Put the scans into the session; equal instances and equal names are replaced."""
         for scan, files in scans.items():
-            held = session.scans.setdefault(scan, {})
-            series = {file.series for file in files.values()}
-            if any(file.series not in series for file in held.values()):
-                others = sum(other.startswith(scan + "-MR") for other in session.scans)
-                scan = "%s-MR%d" % (scan, others + 1)
-                held = session.scans.setdefault(scan, {})
-            for name, file in files.items():
-                name = hash_name(file.sop_instance, scan) if name in held else name
-                held[name] = replace(file, scan=scan, name=name)
+            sent = {file.sop_instance for file in files.values()}
+            held = {name: file for name, file in session.scans.get(scan, {}).items()
+                    if file.sop_instance not in sent}
+            held.update((name, replace(file, scan=scan)) for name, file in files.items())
+            session.scans[scan] = held
+            session.counted.discard(scan)
 
     def archive_idle(self) -> None:
         """What the idle thread does at each tick (section 6.1)."""
@@ -1086,6 +1274,11 @@ class Store:
 def clean(label: str) -> str:
     """A label as the archive makes it (section 4.4)."""
     return re.sub(r"[`~@#$%^&*()+=\[\]{}|\\/?:;',.<>\" ]", "_", label)
+
+
+def twin(scan: str, files: Mapping[str, Stored], number: int) -> str:
+    """The id of a scan whose own id another one has: n-MR1."""
+    return "%s-%s%d" % (scan, modality_of(files.values()), number)
 
 
 def hash_name(sop_instance: str, scan: str) -> str:
@@ -1118,6 +1311,7 @@ class Exchange:
     address: str = ""
     fault: Optional[Fault] = None
     background: bool = False          # its client has had an answer already
+    over: bool = False                # what went on in the background is done
     truncate: bool = False
 
     @property
@@ -1146,7 +1340,7 @@ class Import:
             uris = self._handler()()
         except XnatError as refused:
             if self.params.get("format") == "html":
-                return status_page(200, refused.text)  # sic (section 1.1)
+                return self.xnat.page(200, refused.text)  # sic (section 1.1)
             raise
         finally:
             self.xnat.leave(self.exchange)
@@ -1244,7 +1438,7 @@ class Import:
                     if not self._ignored(problem):
                         raise
                     failure = problem
-        except XnatError:
+        except (XnatError, OSError, Vanish):
             self._mark_error()
             raise
         except ZipTrouble:
@@ -1279,8 +1473,8 @@ class Import:
         return not (self.since(1, 10) and isinstance(problem, ServerTrouble))
 
     def _mark_error(self) -> None:
-        """From 1.10 on a partial upload is an ERROR and so is not archived by itself."""
-        for row in self.rows.values() if self.since(1, 10) else ():
+        """From 1.10.2 on a partial upload is an ERROR and so is not archived by itself."""
+        for row in self.rows.values() if self.since(1, 10, 2) else ():
             row.status = "ERROR"
 
     def _gradual_dicom(self) -> List[str]:
@@ -1312,7 +1506,7 @@ class Import:
                 fake = replace(image, sop_instance=image.series + ":" + base)
                 self._keep(row, Stored(self._scan(image), base, name, image.sop_class,
                                        fake.sop_instance, image.series, image.number,
-                                       image.description, 0, ""))
+                                       image.description, 0, "", study=image.study))
         return self._finished()
 
     def _session_importer(self) -> List[str]:
@@ -1407,8 +1601,8 @@ class Import:
         base = re.sub(r"[^\w.-]", "_", entry.name.rpartition("/")[2], flags=re.ASCII)
         return image, Stored(
             self._scan(image), base, entry.name, image.sop_class, image.sop_instance,
-            image.series, image.number, image.description, size, digest.hexdigest(), trouble
-        ), trouble
+            image.series, image.number, image.description, size, digest.hexdigest(), trouble,
+            not trouble or reaches_pixels(head), image.study), trouble
 
     @staticmethod
     def _scan(image: Image) -> str:
@@ -1474,7 +1668,7 @@ class Import:
     def _keep(self, row: Row, file: Stored) -> None:
         """The file is there."""
         with self.xnat.changed:
-            row.files[file.scan, file.name] = file
+            row.files[file.scan, file.name] = file.scripted(self.xnat.knobs.site_script)
             row.lastmod = time.monotonic()
             self.xnat.changed.notify_all()
 
@@ -1730,6 +1924,8 @@ def list_prearchive(xnat: "Standin", exchange: Exchange, name: str) -> Answer:
     project = xnat.store.project(exchange.user, name)
     if project is None and not (name == UNASSIGNED and exchange.user.admin):
         raise XnatError(403, "Invalid permissions for retrieving project.")
+    if "prearchive" in xnat.knobs.refuse_lists:
+        raise XnatError(403, "Invalid permissions for retrieving project.")
     place = project.id if project else UNASSIGNED
     return table([row_columns(xnat, row) for row in xnat.prearchive if row.project == place])
 
@@ -1762,14 +1958,41 @@ def show_row(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
             if error.status == 404:
                 return table([])
             raise
-    built_scans(xnat, exchange, *place)
-    return Answer(200, b"<?xml version='1.0'?><xnat:MRSession/>", "text/xml")
+    scans = built_scans(xnat, exchange, *place)
+    return Answer(200, session_xml(find_row(xnat, exchange, *place), scans).encode(), "text/xml")
+
+
+def session_xml(row: Row, scans: Scans) -> str:
+    """A session's XML, as its last build left it."""
+    kinds = {"PT": "PETSession", "MR": "MRSession", "CT": "CTSession", "OT": "OtherDicomSession"}
+    modality = modality_of(file for files in scans.values() for file in files.values())
+    lines = ["<?xml version=\"1.0\" encoding=\"UTF-8\"?>",
+             '<xnat:%s ID="" project=%s label=%s UID=%s modality="%s" '
+             'xmlns:xnat="http://nrg.wustl.edu/xnat" '
+             'xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance">' % (
+                 kinds[modality], quoteattr(row.project), quoteattr(row.name), quoteattr(row.tag),
+                 modality),
+             "<xnat:scans>", *(scan_xml(*each) for each in scans.items()), "</xnat:scans>",
+             "</xnat:%s>" % kinds[modality], ""]
+    return "\n".join(lines)
+
+
+def scan_xml(scan: str, files: Mapping[str, Stored]) -> str:
+    """One scan in it."""
+    description = next(iter(files.values())).description
+    return ('<xnat:scan ID=%s UID=%s type=%s xsi:type="%s">\n'
+            "<xnat:series_description>%s</xnat:series_description>\n"
+            '<xnat:file URI=%s content="RAW" format="DICOM" label="DICOM" '
+            'xsi:type="xnat:resourceCatalog"/>\n</xnat:scan>' % (
+                quoteattr(scan), quoteattr(series_uid(files)), quoteattr(description),
+                data_type(modality_of(files.values()), "Scan"), html.escape(description),
+                quoteattr("SCANS/%s/DICOM/scan_%s_catalog.xml" % (scan, scan))))
 
 
 @route("GET", PREARCHIVED + "/scans")
 def row_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """The scans of a built session."""
-    return table([{"ID": scan, "xsiType": "xnat:mrScanData",
+    return table([{"ID": scan, "xsiType": data_type(modality_of(files.values()), "Scan"),
                    "series_description": next(iter(files.values())).description}
                   for scan, files in built_scans(xnat, exchange, *place).items()])
 
@@ -1855,10 +2078,13 @@ def act_on_row(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 
 def commit(xnat: "Standin", exchange: Exchange, row: Row) -> Answer:
     """Build and perhaps archive: 301 archived, 200 left in the prearchive (section 6.2)."""
+    fault = exchange.fault
+    wait = fault.seconds if fault and fault.kind == "queued" else 0
     with xnat.committing(exchange, row):
         try:
             result = xnat.store.commit(row, truthy(exchange.params.get("AA")),
-                                       truthy(exchange.params.get("overwrite_files")))
+                                       truthy(exchange.params.get("overwrite_files")),
+                                       queue_seconds=wait)
         except Refused as refused:
             if not xnat.since(1, 7, 6):
                 raise
@@ -1913,9 +2139,10 @@ def listing(exchange: Exchange, title: str, rows: List[Dict[str, Any]], usual: s
 def experiment_columns(session: Session) -> Dict[str, Any]:
     """All that a list of experiments can tell of one."""
     return {"ID": session.id, "project": session.project, "date": "2020-01-02",
-            "xsiType": "xnat:mrSessionData", "label": session.label,
+            "xsiType": data_type(session.modality, "Session"), "label": session.label,
             "insert_date": "2020-01-02 10:15:00.0", "subject_ID": "XNAT_S_" + session.subject,
-            "subject_label": session.subject, "URI": "/data/experiments/" + session.id}
+            "subject_label": session.subject, "uid": session.uid,
+            "URI": "/data/experiments/" + session.id}
 
 
 def named(subject: str, given: str) -> bool:
@@ -1961,7 +2188,10 @@ def list_experiments(xnat: "Standin", exchange: Exchange, name: str,
 
 @route("GET", "/data/experiments")
 def list_all_experiments(xnat: "Standin", exchange: Exchange) -> Answer:
-    """All sessions that the user can read."""
+    """All sessions that the user can read; with project= and columns=, what section 13.1 wants to
+    know of a whole project."""
+    if "archive" in xnat.knobs.refuse_lists:
+        raise XnatError(403, "The request requires user authorization.")
     rows = [experiment_columns(session) for session in xnat.archive.values()
             if xnat.store.project(exchange.user, session.project)]
     return listing(exchange, "Experiments", rows, USUAL)
@@ -1986,16 +2216,18 @@ def find_session(xnat: "Standin", exchange: Exchange, project: Optional[str],
 def show_session(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """One session."""
     session = find_session(xnat, exchange, place[0], place[1] or None, place[2])
-    return item("xnat:mrSessionData", ID=session.id, label=session.label,
+    return item(data_type(session.modality, "Session"), ID=session.id, label=session.label,
                 project=session.project, subject_ID="XNAT_S_" + session.subject, UID=session.uid,
                 date="2020-01-02")
 
 
 @route("GET", "(?:/data/experiments/%s|%s)/resources" % (NAME, EXPERIMENT))
 def session_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
-    """What belongs to the session and to none of its scans: nothing."""
-    session_at(xnat, exchange, *place)
-    return table([], title="Resources", totalRecords="0")
+    """What belongs to the session and to none of its scans, which is nothing; with all=true what
+    belongs to its scans as well."""
+    session = session_at(xnat, exchange, *place)
+    scans = list(session.scans) if truthy(exchange.params.get("all")) else []
+    return resources(xnat, exchange, session, scans)
 
 
 # Below a session, XNAT knows the long way and the one by ID, not the one between them.
@@ -2014,18 +2246,22 @@ def row_id(session: Session, scan: str, kind: int = 0) -> int:
     return 100000 * session.number + 10 * list(session.scans).index(scan) + kind
 
 
-def scan_columns(scan: str, files: Mapping[str, Stored]) -> Dict[str, Any]:
+def scan_columns(session: Session, scan: str) -> Dict[str, Any]:
     """One scan."""
-    return {"ID": scan, "type": "", "quality": "usable", "note": "", "series_description":
-            next(iter(files.values())).description if files else ""}
+    files = one_scan(session.scans, scan)
+    description = next((file.description for file in files.values()), "")
+    return {"ID": scan, "type": "", "quality": "usable", "note": "",
+            "series_description": description, "UID": session.series(scan),
+            "modality": modality_of(files.values()), "frames": len(files)}
 
 
 @route("GET", SCANS)
 def session_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """Its scans."""
     session = session_at(xnat, exchange, *place)
-    rows = [{"xnat_imagescandata_id": row_id(session, scan), "xsiType": "xnat:mrScanData",
-             **scan_columns(scan, files), "URI": "%s/%s" % (exchange.path, scan)}
+    rows = [{"xnat_imagescandata_id": row_id(session, scan),
+             "xsiType": data_type(modality_of(files.values()), "Scan"),
+             **scan_columns(session, scan), "URI": "%s/%s" % (exchange.path, scan)}
             for scan, files in session.scans.items()]
     return listing(exchange, "Scans", rows, "xnat_imagescandata_id,ID,type,quality,xsiType,note,"
                    "series_description")
@@ -2034,17 +2270,27 @@ def session_scans(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 @route("GET", SCANS + "/" + NAME)
 def show_scan(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """One scan."""
-    files = one_scan(session_at(xnat, exchange, *place[:4]).scans, place[4])
-    return item("xnat:mrScanData", **scan_columns(place[4], files))
+    session = session_at(xnat, exchange, *place[:4])
+    files = one_scan(session.scans, place[4])
+    return item(data_type(modality_of(files.values()), "Scan"), **scan_columns(session, place[4]))
 
 
 @route("GET", SCANS + "/" + NAME + "/resources")
 def scan_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     """The counts of one scan, or of ALL (XnatImagescandata.getScansByIdORType)."""
     session = session_at(xnat, exchange, *place[:4])
-    wanted = list(session.scans) if place[4] == "ALL" and xnat.knobs.all_scans else [place[4]]
-    rows = []
-    for scan in wanted:
+    every = xnat.knobs.all_scans and unquote(place[4]) in ("ALL", "*")
+    return resources(xnat, exchange, session, list(session.scans) if every else [place[4]])
+
+
+def resources(xnat: "Standin", exchange: Exchange, session: Session,
+              scans: List[str]) -> Answer:
+    """The resources of these scans and their counts, which are statistics that XNAT may have or
+    not, and may gather when it is asked to (section 13.1)."""
+    if truthy(exchange.params.get("cache_file_stats")):
+        session.counted.update(scans)
+    rows: List[Dict[str, Any]] = []
+    for scan in scans:
         rows.append({**dicom_resource(scan, one_scan(session.scans, scan)),
                      "xnat_abstractresource_id": row_id(session, scan, 1),
                      "element_name": "xnat:resourceCatalog", "cat_desc": "", "tags": "",
@@ -2053,6 +2299,10 @@ def scan_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
             rows.append({**rows[-1], "xnat_abstractresource_id": row_id(session, scan, 2),
                          "label": "SNAPSHOTS", "file_count": 2, "file_size": 2000,
                          "format": "GIF"})
+    for row in rows:
+        if xnat.knobs.statistics == "never" or (
+                xnat.knobs.statistics == "on request" and row["cat_id"] not in session.counted):
+            row.update(file_count="", file_size="")
     return table(rows, title="Resources", totalRecords=str(len(rows)))
 
 
@@ -2063,6 +2313,7 @@ def scan_files(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
     files = one_scan(session.scans, scan)
     if place[5] not in ("DICOM", str(row_id(session, scan, 1))):
         raise XnatError(404, NOT_FOUND)
+    files = files if xnat.knobs.file_names else {}
     return table([{"Name": name, "Size": file.size, "URI": "%s/%s" % (exchange.path, name),
                    "collection": "DICOM", "file_tags": "", "file_format": "DICOM",
                    "file_content": "RAW", "cat_ID": "1", "digest": file.sha256[:32]}
@@ -2143,7 +2394,7 @@ def site_answer(xnat: "Standin", exchange: Exchange) -> Answer:
         try:
             refusal = answer_of(xnat, exchange)
         except XnatError as error:
-            refusal = status_page(error.status, error.text)
+            refusal = xnat.page(error.status, error.text)
     if exchange.new_session:
         expiry = '"%d,%d"' % (time.time() * 1000, xnat.knobs.session_timeout * 1000)
         refusal = refusal._replace(headers=refusal.headers + (
@@ -2199,12 +2450,14 @@ def met(xnat: "Standin", exchange: Exchange) -> Answer:
     before(xnat, exchange, fault)
     if fault.kind == "early status":
         return nginx_page(fault.status, fault.retry_after, linger=True)
-    if fault.kind == "background":
+    if fault.kind in ("background", "queued"):
         return go_on_alone(xnat, exchange, fault)
+    if fault.kind == "late landing":
+        return land_late(xnat, exchange, fault)
     make = INSTEAD.get(fault.kind)
     if make:
         Spool(exchange.body.some).file.close()
-        return make(fault)
+        return make(xnat, fault)
     return after(xnat, exchange, fault, site_answer(xnat, exchange))
 
 
@@ -2212,7 +2465,8 @@ def before(xnat: "Standin", exchange: Exchange, fault: Fault) -> None:
     """What happens before the body is read."""
     if fault.kind == "reset before":
         raise Vanish(reset=True)
-    if fault.kind == "reset during" and isinstance(exchange.body, Body):
+    if isinstance(exchange.body, Body) and (
+            fault.kind == "reset during" or fault.kind == "late landing" and fault.after_bytes):
         exchange.body.cut_after = fault.after_bytes
     elif fault.kind == "stall before":
         xnat.pause(fault.seconds)
@@ -2230,16 +2484,17 @@ def vanish(last_words: bytes = b"") -> Answer:
     raise Vanish(reset=False, last_words=last_words)
 
 
-INSTEAD: Dict[str, Callable[[Fault], Answer]] = {
-    "status": lambda fault: nginx_page(fault.status, fault.retry_after),
-    "error page": lambda fault: status_page(fault.status, fault.text),
-    "close": lambda fault: vanish(),
-    "login page": lambda fault: Answer(200, LOGIN_PAGE.encode(), "text/html;charset=UTF-8"),
-    "empty": lambda fault: Answer(200, b"", "text/uri-list"),
-    "redirect": lambda fault: Answer(fault.status if fault.status // 100 == 3 else 302, headers=(
-        ("Location", fault.location),)),
-    "garbage": lambda fault: vanish(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
-    "answer": lambda fault: Answer(
+INSTEAD: Dict[str, Callable[["Standin", Fault], Answer]] = {
+    "status": lambda xnat, fault: nginx_page(fault.status, fault.retry_after),
+    "error page": lambda xnat, fault: xnat.page(fault.status, fault.text),
+    "close": lambda xnat, fault: vanish(),
+    "login page": lambda xnat, fault: Answer(200, LOGIN_PAGE.encode(), "text/html;charset=UTF-8"),
+    "empty": lambda xnat, fault: Answer(200, b"", "text/uri-list"),
+    "redirect": lambda xnat, fault: Answer(
+        fault.status if fault.status // 100 == 3 else 302,
+        headers=(("Location", fault.location),)),
+    "garbage": lambda xnat, fault: vanish(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
+    "answer": lambda xnat, fault: Answer(
         fault.status, fault.body, dict(fault.headers).get("Content-Type", "text/plain"),
         tuple(pair for pair in fault.headers if pair[0] != "Content-Type")),
 }
@@ -2247,18 +2502,38 @@ INSTEAD: Dict[str, Callable[[Fault], Answer]] = {
 
 def go_on_alone(xnat: "Standin", exchange: Exchange, fault: Fault) -> Answer:
     """The proxy gives up while XNAT works on."""
-    exchange.body = spool = Spool(exchange.body.some)
+    exchange.body = Spool(exchange.body.some)
     exchange.background = True
-
-    def work() -> None:
-        try:
-            site_answer(xnat, exchange)
-        finally:
-            spool.file.close()
-            xnat.journal_update(exchange)
-
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, args=(xnat, exchange), daemon=True).start()
+    if fault.kind == "queued":
+        xnat.wait_for(lambda: exchange.over or any(
+            row.queued for row in xnat.prearchive if exchange.path.endswith(row.uri)))
+        return vanish()
     return nginx_page(fault.status if fault.status != 503 else 504, fault.retry_after)
+
+
+def work(xnat: "Standin", exchange: Exchange, after_seconds: float = 0) -> Answer:
+    """The work for a client that may have gone; its body is in a Spool."""
+    try:
+        xnat.pause(after_seconds)
+        return site_answer(xnat, exchange)
+    finally:
+        exchange.over = True
+        if isinstance(exchange.body, Spool):
+            exchange.body.file.close()
+        xnat.journal_update(exchange)
+
+
+def land_late(xnat: "Standin", exchange: Exchange, fault: Fault) -> Answer:
+    """What came of a body, and is imported only later. A client that is still there gets an
+    answer, one that has gone does not; the import happens either way."""
+    remains = Remains(exchange.body.some)
+    exchange.body = Spool(remains.some)
+    exchange.background = True
+    if remains.end is None:
+        return work(xnat, exchange, fault.seconds)
+    threading.Thread(target=work, args=(xnat, exchange, fault.seconds), daemon=True).start()
+    raise remains.end
 
 
 def after(xnat: "Standin", exchange: Exchange, fault: Fault, answer: Answer) -> Answer:
@@ -2554,9 +2829,13 @@ class Standin:
         while not self._stopping.wait(self.knobs.tick_seconds):
             self.store.archive_idle()
 
+    def page(self, status: int, text: str) -> Answer:
+        """An error page."""
+        return status_page(status, text, 2 if self.since(1, 11) else 1)
+
     def since(self, *version: int) -> bool:
         """Whether this XNAT is that version or newer."""
-        return tuple(map(int, re.findall(r"\d+", self.knobs.version)[:3])) >= version
+        return self.knobs.since(*version)
 
     # -- for tests: what happened
 
@@ -2681,6 +2960,21 @@ class Standin:
                     row.project, row.timestamp, row.name, row.status, len(row.files)))
                 lines += ["        " + line for line in scan_lines(row.files.values())]
             return lines
+
+    # -- for tests: what somebody else does
+
+    def make_session(self, project: str, label: str, subject: str = "007",
+                     uid: str = "") -> Session:
+        """A session in the archive as people make one in XNAT's pages: without any scan."""
+        with self.changed:
+            return self.store.new_session(project, label, subject, uid)
+
+    def make_scan(self, project: str, label: str, scan: str, uid: str = "") -> None:
+        """A scan without files in an archived session, as people make one: it may have no UID."""
+        with self.changed:
+            session = self.store.archive[project, label]
+            session.scans[scan] = {}
+            session.by_hand[scan] = uid
 
     # -- the log
 

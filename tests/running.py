@@ -1,0 +1,165 @@
+"""What the tests of running uploads share: a tree, a run, and what must be true after it."""
+
+import contextlib
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+from tests.dicom import digests, uid, write_series
+from tests.support import Ran, UploadTest, need
+from tests.xnat_standin import Standin
+
+IMPORT = "POST /data/services/import"
+COMMIT = "action=commit"
+AGAIN = "trying again in"
+HELD = "held back"
+# Run a command without root's way round permissions.
+HELD_BY_PERMISSIONS = """import os, sys
+sys.path.insert(0, sys.argv[1])
+from tests.support import drop_root_rights
+drop_root_rights()
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def until(true: Callable[[], Any], seconds: float = 30) -> Any:
+    """Wait for something outside the stand-in; what it gave, false if it never came."""
+    end = time.monotonic() + seconds
+    while True:
+        found = true()
+        if found or time.monotonic() > end:
+            return found
+        time.sleep(0.01)
+
+
+class RunningTest(UploadTest):
+
+    def tree(self, *paths: str, files: int = 2) -> None:
+        """Make series folders, subject/session/series; numbers are taken from their ends."""
+        for path in paths or ("007/pre/A_0001", "007/pre/B_0002"):
+            subject, session, name = path.split("/")
+            write_series(self.root / path, study=uid(subject, session), files=files,
+                         number=int(name[-4:]), patient=subject)
+
+    def quiet(self, server: Standin) -> None:
+        """Wait until nothing runs on the server any more, also in the background."""
+        def idle() -> bool:
+            return all(each.answered or "stall" in each.fault for each in server.requests)
+
+        self.assertTrue(server.wait_for(idle, 30), "the stand-in has not come to rest")
+
+    def assert_whole(self, server: Standin, archived: bool = True, context: str = "") -> None:
+        """The server holds every file under ROOTDIR exactly once; archived, if it should be."""
+        tree = digests(self.root)
+        labels = {"_".join(path.split("/")[:2]) for path in tree}
+        for label in sorted(labels):
+            wanted = sorted(digest for path, digest in tree.items()
+                            if "_".join(path.split("/")[:2]) == label)
+            self.assertEqual(server.stored(label), wanted, f"{label} {context}")
+            self.assertEqual(set(server.instances(label).values()), {1}, f"{label} {context}")
+        if archived:
+            self.assertEqual({name for _, name in server.archive}, labels, context)
+            self.assertEqual([row for row in server.prearchive if row.name in labels], [], context)
+
+    def tidy(self, ran: Ran) -> None:
+        """What no run may leave or show."""
+        self.assertEqual(self.zips(), [])
+        self.assertNotRegex(ran.text + self.log_if_any(), "s3cret")
+        self.assertNotRegex(ran.text, "(?i)</?(html|body|h3|p)>")
+
+    def log_if_any(self) -> str:
+        return self.log() if self.work.is_dir() else ""
+
+    def statuses(self) -> str:
+        """The series' statuses in the newest report, in the order of the folders."""
+        keys = "subject", "session", "series", "status"
+        return ", ".join(row[-1] for row in sorted([each[key] for key in keys]
+                                                   for each in self.report()))
+
+    def run_it(self, server: Standin, *options: str, status: int = 0, words: str = "",
+               posts: int = -1, commits: int = -1, **call: Any) -> Ran:
+        """Run the upload; check exit status, words (| between them), requests of this run."""
+        before = len(server.imports()), len(server.commits())
+        ran = self.upload(server, *options, timeout=150, **call)
+        self.assertEqual(ran.status, status, ran.text)
+        for word in filter(None, words.split(" | ")):
+            self.assertRegex(ran.text, word)
+        made = len(server.imports()) - before[0], len(server.commits()) - before[1]
+        wanted = (made[0] if posts < 0 else posts, made[1] if commits < 0 else commits)
+        self.assertEqual(made, wanted, f"imports and commits\n{ran.text}")
+        self.tidy(ran)
+        return ran
+
+    def ledger(self) -> Path:
+        """The file that remembers."""
+        (found,) = self.work.glob("*ledger*")
+        return found
+
+    def big_series(self, path: str, megabytes: float, files: int = 1) -> None:
+        """A series that does not compress."""
+        subject, session, name = path.split("/")
+        write_series(self.root / path, study=uid(subject, session), number=int(name[-4:]),
+                     files=files, patient=subject, pixels=os.urandom(int(megabytes * 5e5) * 2))
+
+    def processes(self, program: str = "") -> List[int]:
+        """All living processes that were started with this test's HOME; or those of `program`."""
+        if not os.path.isdir("/proc/self"):
+            lines = subprocess.check_output(["ps", "-axo", "pid=,args="]).decode().splitlines()
+            return [int(line.split()[0]) for line in lines if str(self.folder) in line
+                    and os.path.basename(line.split()[1]).startswith(program)]
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                mine = os.fsencode(f"HOME={self.home}\0") in (place / "environ").read_bytes()
+                name = (place / "comm").read_text()
+                if mine and name.startswith(program):
+                    found.append(int(place.name))
+        return found
+
+    def assert_alone(self, seconds: float = 3) -> None:
+        """Nothing that the run started is alive."""
+        until(lambda: not self.processes(), seconds)
+        self.assertEqual(self.processes(), [], "processes are left")
+
+    def ended(self, process: Any, seconds: float = 20) -> Ran:
+        """The end of a run."""
+        out, err = process.communicate(timeout=seconds)
+        ran = Ran(process.returncode, out, err)
+        self.assertNotIn("Traceback", ran.text)
+        return ran
+
+    def completes(self, server: Standin, *options: str) -> Ran:
+        """The next run ends with everything there."""
+        ran = self.run_it(server, *options, status=0)
+        self.assert_whole(server)
+        self.assert_alone()
+        return ran
+
+    def shim(self, tool: str, before: str) -> Dict[str, str]:
+        """An environment whose `tool` does something before it is the real one."""
+        place = self.folder / "bin"
+        place.mkdir(exist_ok=True)
+        (place / tool).write_text(f"#!/bin/sh\n{before}\nexec {need(self, tool)} \"$@\"\n")
+        (place / tool).chmod(0o755)
+        return {"PATH": f"{place}:{os.environ['PATH']}"}
+
+    def on_open(self, end: str, do: str, event: str = "open") -> Dict[str, str]:
+        """An environment in which Python does something, with `path`, before it opens a file
+        below ROOTDIR (or scans a folder there) whose path ends so."""
+        place = self.folder / "site"
+        place.mkdir(exist_ok=True)
+        lines = "\n        ".join(do.splitlines())
+        (place / "sitecustomize.py").write_text(f"""import os, sys, time
+
+def watch(event, given):
+    if event != {event!r} or not isinstance(given[0], (str, bytes)):
+        return
+    path = os.fsdecode(given[0])
+    if path.startswith({str(self.root)!r}) and path.endswith({end!r}):
+        {lines}
+
+sys.addaudithook(watch)
+""")
+        return {"PYTHONPATH": str(place)}

@@ -1,0 +1,82 @@
+"""How a run begins and what it may find there: closed streams, and what nobody else may see."""
+
+import os
+import types
+import unittest
+from typing import Any, Callable, Dict, List
+
+import dicomUpload
+from tests.faults import FaultTest
+from tests.support import Ran
+from tests.support import load_tests as load_tests  # these mostly wait: several at a time
+
+
+def once(do: Callable[[], Any], series: str) -> Callable[[str], bool]:
+    """A server's filter that throws nothing away, but does something in the middle of the first
+    import of this series: when its body is read, and nothing of it is kept yet."""
+    waiting = {series}
+
+    def look(description: str) -> bool:
+        if description in waiting:
+            waiting.remove(description)
+            do()
+        return False
+
+    return look
+
+
+class HowItBegins(FaultTest):
+
+    def closed(self, url: str, how: str, **call: Any) -> Ran:
+        """A run with some of its streams closed."""
+        return self.run_command(["sh", "-c", f'exec "$@" {how}', "sh",
+                                 *self.arguments(url, **call)])
+
+    def test_closed_streams_stop_no_upload(self) -> None:
+        for number, how in enumerate((">&-", "2>&-", "<&- >&- 2>&-")):
+            with self.subTest(how), self.xnat() as server:
+                self.tree(f"007/pre/A_{number:04}")
+                ran = self.closed(server.url, how)
+                self.assertEqual(ran.status, 0, ran.text)
+                self.assert_whole(server)
+
+    def test_without_an_input_to_ask_at_a_missing_password_is_told(self) -> None:
+        self.tree()
+        with self.xnat() as server:
+            ran = self.closed(server.url, "<&-", password="-")
+            self.assertEqual(ran.status, 2, ran.text)
+            self.assertRegex(ran.err, "dicomUpload: PASS -: .*XNAT_PASS")
+
+    def test_while_it_sends_nobody_else_can_read_anything(self) -> None:
+        self.tree()
+        self.work.mkdir()
+        modes: Dict[str, int] = {}
+
+        def look() -> None:
+            for path in self.work.rglob("*"):
+                modes[path.suffix or path.name] = path.stat().st_mode & 0o77
+
+        with self.xnat(reject=once(look, "B_0002")) as server:
+            ran = self.upload(server, "--procs", "1", preexec=lambda: os.umask(0))
+            self.assertEqual(ran.status, 0, ran.text)
+        self.assertEqual(set(modes.values()), {0}, modes)
+        self.assertLessEqual({".zip", ".zips", ".log", ".csv", ".ledger", ".lock"}, set(modes))
+
+
+class Waits(unittest.TestCase):
+
+    def test_thirty_retries_and_thousands_wait_no_longer_than_minutes_each(self) -> None:
+        waits: List[float] = []
+        settings: Any = types.SimpleNamespace(retries=9999)
+        programs: Any = types.SimpleNamespace(pause=waits.append)
+        teller: Any = types.SimpleNamespace(say=lambda text: None)
+        curl = dicomUpload.Curl(settings, programs, teller)
+        answer = dicomUpload.Answer(0, 503, "")
+        for tries in (1, 2, 3, 30, 9999):
+            curl.wait_to_heal("007_pre", answer, dicomUpload.meaning_of(answer), tries)
+        self.assertEqual(waits[:3], sorted(waits[:3]), "they grow")
+        self.assertLess(max(waits), 300)
+
+
+if __name__ == "__main__":
+    unittest.main()

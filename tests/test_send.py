@@ -1,0 +1,469 @@
+"""A part on its way to XNAT: what the program does about every answer to an import there is.
+
+And what many sessions do to each other: side by side, one after another, all refused alike.
+"""
+
+import os
+import shutil
+import types
+import unittest
+from typing import Any, Callable, List
+
+import dicomUpload
+from tests.dicom import digests, uid, write_series
+from tests.faults import (AGAIN, BOTH, BUILD, FIRST, HEALING, HELD, IMPORT, NEITHER, SECOND,
+                          FaultTest, Row, TableTest, add_rows, ever, late, on, once, overlap, page,
+                          proxy)
+from tests.support import load_tests as load_tests  # these mostly wait: several at a time
+from tests.xnat_standin import Fault, Standin
+
+LOGIN_VM = "http://127.0.0.1/app/template/Login.vm"
+EXPIRED_VM = "http://127.0.0.1/app/template/XDATScreen_UpdateUser.vm"
+ELSEWHERE = "/data/prearchive/projects/BRAIN/20200102_101500000/"
+
+
+# ---- Answers ---------------------------------------------------------------------------------
+
+# Each row: the fault, POSTs, commits, what the report says, exit status, words.
+
+FOR_GOOD = [
+    Row("no fault at all", None, 2, 1, BOTH, 0, "archived, 4 files verified"),
+    Row("a 400 is for good", page(400, "no room at the inn"), 2, 0, SECOND, 1,
+        f"HTTP 400, no room at the inn | {HELD}"),
+    Row("a 403 is for good", page(403, "Forbidden"), 2, 0, SECOND, 1,
+        r"HTTP 403, Forbidden\) | right to edit"),
+    Row("a 404 is for good", page(404, "Unknown importer"), 2, 0, SECOND, 1, "Unknown importer"),
+    Row("a 413 is for good", proxy(413), 2, 0, SECOND, 1, "client_max_body_size"),
+    Row("a 413 before the body is read", on(IMPORT, "early status", status=413), 2, 0, SECOND, 1,
+        "client_max_body_size"),
+    Row("a 500 is for good", page(500, "NullPointerException"), 2, 0, SECOND, 1,
+        r"HTTP 500, NullPointerException\)"),
+    Row("a full disk of XNAT", on(IMPORT, "disk full", entry=2), 2, 0, SECOND, 1,
+        "unable to read DICOM object | disk is full"),
+    Row("an answer that is not HTTP", on(IMPORT, "garbage"), 2, 0, SECOND, 1, "curl exit 1"),
+    # 200 that is no success
+    Row("an empty 200", on(IMPORT, "empty"), 2, 0, SECOND, 1, "kept none of these files"),
+    Row("another web page", on(IMPORT, "answer", status=200, body=b"<html>Maintenance</html>",
+                               headers=(("Content-Type", "text/html"),)), 2, 0, SECOND, 1,
+        "web page"),
+    Row("a 200 that is no address", on(IMPORT, "answer", status=200, body=b"OK"), 2, 0, SECOND, 1,
+        "no address"),
+    Row("another session", on(IMPORT, "answer", status=200, body=(
+        ELSEWHERE + "another\r\n").encode()), 2, 0, SECOND, 1, "another session"),
+    Row("a second address", on(IMPORT, "extra line", text=ELSEWHERE + "LABEL"), 2, 0, SECOND, 1,
+        "another session.*/2020.*_pre, /.*_pre"),
+    # heals, but not in time
+    Row("a 400 that could heal but does not", ever(page(400, HEALING[0])), 4, 0, NEITHER, 1,
+        f"{AGAIN} | Concurrent file sends"),
+    Row("a 429 without end", ever(proxy(429)), 4, 0, NEITHER, 1, f"{AGAIN} | HTTP 429"),
+    Row("imports that are 503 for good while the rest answers", ever(proxy(503)), 4, 0, NEITHER, 1,
+        "HTTP 503"),
+]
+
+HEALS = [
+    *(Row(f"a {status} that says {text}", page(status, text), 3, 1, BOTH, 0, AGAIN)
+      for status, text in ((400, HEALING[0]), (400, HEALING[1]), (400, HEALING[2]),
+                           (409, HEALING[3]), (423, HEALING[4]), (500, HEALING[1]))),
+    Row("a 408", proxy(408), 3, 1, BOTH, 0, AGAIN),
+    Row("a 429", proxy(429), 3, 1, BOTH, 0, AGAIN),
+    Row("a 429 whose Retry-After is a date", proxy(
+        429, retry_after="Wed, 21 Oct 2015 07:28:00 GMT"), 3, 1, BOTH, 0, AGAIN),
+    Row("a 502", proxy(502), 3, 1, BOTH, 0, AGAIN),
+    Row("a 503", proxy(503), 3, 1, BOTH, 0, AGAIN),
+    Row("a 504", proxy(504), 3, 1, BOTH, 0, AGAIN),
+    Row("a 502 after the import", late(502), 3, 1, BOTH, 0, AGAIN),
+    Row("a 504 after the import", late(504), 3, 1, BOTH, 0, AGAIN),
+]
+
+BROKEN = [
+    Row("a 504 while the import goes on", on(IMPORT, "background"), 3, 1, BOTH, 0, AGAIN),
+    Row("a 408 while the import goes on", on(IMPORT, "background", status=408), 3, 1, BOTH, 0,
+        AGAIN),
+    Row("a reset before the body", on(IMPORT, "reset before"), 3, 1, BOTH, 0, AGAIN),
+    Row("a reset during the body", on(IMPORT, "reset during", after_bytes=500), 3, 1, BOTH, 0,
+        AGAIN),
+    Row("a reset after the import", on(IMPORT, "reset after"), 3, 1, BOTH, 0, AGAIN),
+    Row("a hang-up without an answer", on(IMPORT, "close"), 3, 1, BOTH, 0, AGAIN),
+    Row("a hang-up after the import", on(IMPORT, "close after"), 3, 1, BOTH, 0, AGAIN),
+    Row("an answer cut in half", on(IMPORT, "truncate"), 3, 1, BOTH, 0, AGAIN),
+]
+
+SILENT = [
+    Row("silence before the body", on(IMPORT, "stall before", seconds=60), 3, 1, BOTH, 0,
+        f"went silent | {AGAIN}"),
+    Row("silence after the import", on(IMPORT, "stall", seconds=60), 3, 1, BOTH, 0,
+        f"went silent | {AGAIN}"),
+]
+
+NO_H3 = [
+    Row("a 400 without a heading", page(400, "no room at the inn"), 2, 0, SECOND, 1,
+        r"HTTP 400, no room at the inn\)"),
+    Row("a 400 without a heading that heals", page(400, HEALING[0]), 3, 1, BOTH, 0,
+        f"HTTP 400, {HEALING[0]}.; {AGAIN}"),
+    Row("a commit without a heading", page(500, "boom", where="action=commit"), 2, 1, BOTH, 1,
+        "HTTP 500, boom;"),
+]
+
+
+def stops_asking(test: FaultTest, server: Standin) -> None:
+    """After a refused login only the farewell may come."""
+    after = [each for each in server.requests if each.number > server.imports()[-1].number]
+    test.assertEqual([each.method for each in after if each.method != "DELETE"], [])
+
+
+def waited(seconds: float) -> Callable[[FaultTest, Standin], None]:
+    def check(test: FaultTest, server: Standin) -> None:
+        first, second = server.imports()[:2]
+        test.assertGreaterEqual(second.started - float(first.answered or 0), seconds)
+
+    return check
+
+
+def enable_alice(test: FaultTest, server: Standin) -> None:
+    server.accounts.users["alice"].disabled = False
+
+
+ALONE = [
+    # what stops the run at once
+    Row("a 401 stops the run", page(401, "no"), 1, 0, NEITHER, 3, "login refused for alice",
+        more=stops_asking),
+    Row("a login page stops the run", on(IMPORT, "login page"), 1, 0, NEITHER, 3, "login",
+        more=stops_asking),
+    Row("another project stops the run", on(IMPORT, "other project"), 1, 0, NEITHER, 3,
+        "project OTHER"),
+    Row("an alias's other project", on(IMPORT, "other project", text="Unassigned"), 1, 0, NEITHER,
+        3, "Unassigned", beside=True),
+    Row("a redirect to the login", on(IMPORT, "redirect", location=LOGIN_VM), 1, 0, NEITHER, 3,
+        "login refused", more=stops_asking),
+    Row("a redirect to the expired password", on(IMPORT, "redirect", location=EXPIRED_VM), 1, 0,
+        NEITHER, 3, "expired", more=stops_asking, beside=True),
+    Row("a redirect to https", on(IMPORT, "redirect", status=301, location="https://127.0.0.1/x"),
+        1, 0, NEITHER, 3, "wants https: give https://127.0.0.1", more=stops_asking, beside=True),
+    Row("an account disabled in the middle", on(IMPORT, "disable account", skip=1), 2, 0, FIRST, 3,
+        "login refused", mend=enable_alice),
+    # what heals by itself
+    Row("a session of the server that ends", on(IMPORT, "drop sessions"), 2, 1, BOTH, 0,
+        "archived", beside=True),
+    Row("a session that ends at each request", on("", "drop sessions", times=None), 2, 1, BOTH, 0,
+        "archived"),
+    # how long it waits, and how often
+    Row("a 429 with Retry-After is waited for", proxy(429, retry_after="3"), 3, 1, BOTH, 0, AGAIN,
+        more=waited(3)),
+    Row("a 503 with Retry-After is waited for", proxy(503, retry_after="3"), 3, 1, BOTH, 0, AGAIN,
+        more=waited(3), beside=True),
+    Row("a 503 twice heals with two retries", proxy(503, times=2), 4, 1, BOTH, 0,
+        r"\(1 of 2\) | \(2 of 2\)", options="--retries 2"),
+    Row("a 503 is not tried again without retries", proxy(503), 2, 0, SECOND, 1, "HTTP 503",
+        options="--retries 0"),
+    Row("an import that lands after its client has gone", on(
+        IMPORT, "late landing", after_bytes=2600, seconds=0.3), 3, 1, BOTH, 0, AGAIN,
+        options="--retries 1 --compression 0"),
+    # since about 1.10.2 the row of an import that failed in its middle is an ERROR
+    Row("a full disk of a newer XNAT", on(IMPORT, "disk full", entry=2), 2, 0, SECOND, 1,
+        "unable to read DICOM object", knobs={"version": "1.10.2"}),
+    # filters
+    Row("a series filter that keeps nothing", None, 2, 0, FIRST, 1, "filter",
+        knobs={"reject": ("B_0002",)}, mend=lambda _, server: setattr(server.knobs, "reject", ())),
+    Row("a filter that keeps nothing of the only session", None, 2, 0, NEITHER, 1, "filter",
+        knobs={"reject": ("A_0001", "B_0002")},
+        mend=lambda _, server: setattr(server.knobs, "reject", ())),
+]
+
+
+class Answers(TableTest):
+
+    def test_what_is_refused_is_told_held_back_and_completed_by_the_next_run(self) -> None:
+        self.play_together(FOR_GOOD)
+
+    def test_what_waiting_heals_is_sent_again_and_archived_once(self) -> None:
+        self.play_together(HEALS)
+
+    def test_what_breaks_on_the_way_is_sent_again_and_archived_once(self) -> None:
+        self.play_together(BROKEN, knobs={"seconds_per_file": 0.05})
+
+    def test_what_goes_silent_is_sent_again_and_archived_once(self) -> None:
+        self.play_together(SILENT, "--retries 1 --timeout 1")
+
+    def test_reasons_are_found_in_pages_that_have_no_h3(self) -> None:
+        self.play_together(NO_H3, "--retries 1 --procs 1", {"version": "1.11"})
+
+
+add_rows(Answers, ALONE)
+
+
+# ---- Many sessions ---------------------------------------------------------------------------
+
+class ManySessions(FaultTest):
+
+    def many(self, count: int, files: int = 1) -> None:
+        self.tree(*(f"{number:03}/pre/A_0001" for number in range(1, count + 1)), files=files)
+
+    def test_a_server_that_goes_away_for_good_stops_the_run_after_one_series_tries(self) -> None:
+        self.many(6)
+        with self.xnat() as server:
+            # Everything works until the second import; from then on nothing does.
+            server.fail("reset before", IMPORT, skip=1, times=None)
+            server.fail("reset before", BUILD, skip=1, times=None)
+            ran = self.run_it(server, "--procs", "1", "--retries", "1", status=3, posts=3,
+                              words="server is gone | 5 not finished|not sent")
+            self.assertEqual(self.statuses(), "sent" + 5 * ", not sent", ran.text)
+            server.faults.clear()
+            self.run_it(server, "--procs", "1", status=0, posts=5, commits=5)
+            self.assert_whole(server)
+
+    def test_a_server_that_goes_away_with_four_uploads_under_way_stops_all_of_them(self) -> None:
+        self.many(12)
+        with self.xnat() as server:
+            server.fail("close", IMPORT, skip=2, times=None)
+            server.fail("close", BUILD, skip=1, times=None)
+            self.run_it(server, "--procs", "4", "--retries", "1", status=3, words="server is gone")
+            self.assertLessEqual(len(server.imports()), 2 + 2 * 4)
+            server.faults.clear()
+            self.run_it(server, status=0)
+            self.assert_whole(server)
+
+    def test_a_server_that_is_down_at_the_start_is_named_with_its_address(self) -> None:
+        self.tree()
+        with self.xnat() as server:
+            url = server.url
+        ran = self.run_command(self.arguments(url, "--retries", "0"))
+        self.assertEqual(ran.status, 3, ran.text)
+        self.assertIn(url, ran.err)
+        self.assertIn("nothing answers there", ran.err)
+
+    def test_twenty_five_sessions_refused_alike_stop_the_run_with_advice_that_fits(self) -> None:
+        self.many(25)
+        with self.xnat() as server:
+            server.fail("disk full", IMPORT, times=None)
+            ran = self.run_it(server, "--procs", "1", status=3, posts=20, commits=0,
+                              words="refuses everything .20 sessions in a row | is its disk full | "
+                                    "Report: ")
+            self.assertNotRegex(ran.text, "(?m)(?<!if not, )copy that file again$")
+            self.assertEqual(self.statuses(), ", ".join(25 * ["not sent"]))
+
+    def test_sessions_refused_alike_with_one_that_passes_between_do_not_stop_it(self) -> None:
+        self.many(21)
+        with self.xnat() as server:
+            server.faults.append(Fault("disk full", IMPORT, times=10))
+            server.faults.append(Fault("disk full", IMPORT, skip=1, times=10))
+            self.run_it(server, "--procs", "1", status=1, posts=21, commits=1)
+
+    def test_one_session_that_fails_does_not_hold_up_the_others(self) -> None:
+        self.tree("007/post/A_0001", "007/pre/A_0001", "008/pre/A_0001")
+        with self.xnat() as server:
+            server.fail("error page", IMPORT + ".*EXPT_LABEL=007_post", status=400, text="no",
+                        times=None)
+            ran = self.run_it(server, "--retries", "1", status=1, posts=3, commits=2)
+            self.assertEqual(self.statuses(), "not sent, sent, sent", ran.text)
+            server.faults.clear()
+            self.run_it(server, status=0, posts=1, commits=1)
+            self.assert_whole(server)
+
+    def test_a_login_refused_while_four_uploads_run_is_not_tried_twenty_times(self) -> None:
+        self.many(12)
+        with Standin(seconds_per_file=0.1) as server:  # four uploads may each meet it once
+            server.fail("disable account", IMPORT, skip=2)
+            ran = self.upload(server, "--procs", "4")
+            self.assertEqual(ran.status, 3, ran.text)
+            self.assertIn("login refused", ran.text)
+            refused = [each for each in server.requests if each.status == 401]
+            self.assertLessEqual(len(refused), 12)  # whoever was on the way; 20 lock the account
+            enable_alice(self, server)
+            self.run_it(server, status=0)
+            self.assert_whole(server)
+
+    def test_every_wait_is_announced_in_one_line_with_its_number(self) -> None:
+        self.tree("007/pre/A_0001")
+        with self.xnat() as server:
+            server.fail("status", IMPORT, status=503, times=2)
+            ran = self.run_it(server, "--retries", "2", status=0, posts=3, words=AGAIN)
+            lines = [line for line in ran.err.splitlines() if AGAIN in line]
+            self.assertEqual(len(lines), 2, ran.err)
+            first, second, third = server.imports()
+            self.assertGreater(third.started - float(second.answered or 0),
+                               second.started - float(first.answered or 0), "waits grow")
+
+
+class Waits(unittest.TestCase):
+
+    def test_they_grow_and_none_is_longer_than_minutes_however_many_retries(self) -> None:
+        waits: List[float] = []
+        settings: Any = types.SimpleNamespace(retries=9999)
+        programs: Any = types.SimpleNamespace(pause=waits.append)
+        teller: Any = types.SimpleNamespace(say=lambda text: None)
+        curl = dicomUpload.Curl(settings, programs, teller)
+        answer = dicomUpload.Answer(0, 503, "")
+        for tries in (1, 2, 3, 30, 9999):
+            curl.wait_to_heal("007_pre", answer, dicomUpload.meaning_of(answer), tries)
+        self.assertEqual(waits[:3], sorted(waits[:3]), "they grow")
+        self.assertLess(max(waits), 300)
+
+    def test_after_a_lost_answer_xnat_gets_the_time_to_finish(self) -> None:
+        waits: List[float] = []
+        settings: Any = types.SimpleNamespace(retries=1)
+        programs: Any = types.SimpleNamespace(pause=waits.append)
+        teller: Any = types.SimpleNamespace(say=lambda text: None)
+        for answer in dicomUpload.Answer(0, 504, ""), dicomUpload.Answer(28, 0, ""):
+            dicomUpload.Curl(settings, programs, teller).wait_to_heal(
+                "007_pre", answer, dicomUpload.meaning_of(answer), 1, files=500)
+        self.assertGreater(min(waits), 0.075 * 500)
+
+
+# ---- One session -----------------------------------------------------------------------------
+
+class OneSession(FaultTest):
+
+    def test_up_to_1_8_7_the_series_of_a_session_go_strictly_one_after_another(self) -> None:
+        self.tree(*(f"007/pre/S_{number:04}" for number in range(1, 6)))
+        for version in ("1.7.5", "1.8.7"):
+            with self.subTest(version), self.xnat(version=version, seconds_per_file=0.05) as server:
+                self.run_it(server, "--procs", "4", "--again", status=0, posts=5, commits=1)
+                self.assertFalse(overlap(server.imports()), "two at once")
+                self.assert_whole(server)
+
+    def test_from_1_8_8_on_series_go_side_by_side_once_the_first_has_made_the_session(self) -> None:
+        self.tree(*(f"007/pre/S_{number:04}" for number in range(1, 6)))
+        for version in ("1.8.8", "1.10"):
+            with self.subTest(version), self.xnat(version=version, seconds_per_file=0.15) as server:
+                self.run_it(server, "--procs", "4", "--again", status=0, posts=6, commits=1)
+                first, *others = server.imports()
+                self.assertTrue(overlap(others), "never two at once")
+                for other in others:
+                    self.assertGreaterEqual(other.started, float(first.answered or 1e99))
+                self.assert_whole(server)
+
+    def test_the_parts_of_one_series_go_in_order(self) -> None:
+        self.tree("007/pre/A_0001", files=7)
+        with self.xnat(seconds_per_file=0.05) as server:
+            self.run_it(server, "--procs", "4", "--max-files", "2", status=0, posts=4, commits=1)
+            self.assertFalse(overlap(server.imports()))
+            sent = [name for each in server.imports() for name in each.entries]
+            self.assertEqual(sent, sorted(sent))
+            self.assert_whole(server)
+
+    def test_a_part_that_fails_takes_the_rest_of_its_series_with_it_and_no_more(self) -> None:
+        self.tree(files=5)
+        with self.xnat() as server:
+            server.fail("error page", IMPORT, status=400, text="no", skip=1)
+            self.run_it(server, "--procs", "1", "--max-files", "2", status=1, posts=5, commits=0,
+                        words=HELD)
+            self.assertEqual(self.statuses(), "not sent, sent")
+            self.run_it(server, "--procs", "1", "--max-files", "2", status=0, posts=2, commits=1)
+            self.assert_whole(server)
+
+    def test_a_copy_is_sent_once_whatever_its_name_and_folder(self) -> None:
+        self.tree()
+        folder = self.root / "007/pre/A_0001"
+        (folder / "IM0001 (1).dcm").write_bytes((folder / "IM0001.dcm").read_bytes())
+        (folder / "copy").mkdir()
+        (folder / "copy/IM0002.dcm").write_bytes((folder / "IM0002.dcm").read_bytes())
+        shutil.copytree(str(self.root / "007/pre/B_0002"), str(self.root / "007/pre/B_0002 again"))
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=2, commits=1, words="archived, 4 files verified | "
+                                                                    "4 cop(y|ies)")
+            self.assertEqual(set(server.instances("007_pre").values()), {1})
+            self.assertEqual(len(server.stored("007_pre")), 4)
+            for name in "IM0001 (1).dcm", "copy/IM0002.dcm", "B_0002 again":
+                self.assertIn(name, self.log())
+            self.stays_so(server)
+
+    def test_two_images_of_one_uid_fail_both_their_series_before_a_byte_leaves(self) -> None:
+        self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001")
+        write_series(self.root / "007/pre/C_0003", study=uid("007", "pre"), number=1, files=1,
+                     name="E2_{:04d}.dcm", patient="007", rows=24)
+        with self.xnat() as server:
+            self.run_it(server, "--procs", "1", status=1, posts=2, commits=1,
+                        words=r"A_0001.*IM0001\.dcm | C_0003.*E2_0001\.dcm")
+            self.assertEqual(self.statuses(), "not sent, sent, not sent, sent")
+            self.assertEqual(set(server.archive), {("BRAIN", "008_pre")})
+            shutil.rmtree(str(self.root / "007/pre/C_0003"))
+            self.run_it(server, status=0, posts=1, commits=1)
+            self.assert_whole(server)
+
+    def test_equal_names_of_different_images_are_all_kept(self) -> None:
+        self.tree()
+        write_series(self.root / "007/pre/A_0001/more", study=uid("007", "pre"), number=1, files=2,
+                     series=uid("another"))
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=2, commits=1, words="archived, 6 files")
+            self.assert_whole(server)
+
+    def test_two_studies_in_one_session_fail_it_before_a_byte_leaves_and_no_other(self) -> None:
+        self.tree("007/pre/A_0001", "008/pre/A_0001")
+        write_series(self.root / "007/pre/C_0003", study=uid("other"), number=3, files=2)
+        with self.xnat() as server:
+            self.run_it(server, "--procs", "1", status=1, posts=1, commits=1,
+                        words=f"two studies.*A_0001.*{uid('007', 'pre')}.*C_0003.*{uid('other')}")
+            self.assertEqual(set(server.archive), {("BRAIN", "008_pre")})
+            self.assertEqual(server.prearchive, [])
+
+
+# ---- The folder while it is sent -------------------------------------------------------------
+
+class TheFolderWhileItIsSent(FaultTest):
+
+    def held(self, change: Callable[[], Any], posts: int) -> None:
+        """A session whose folder changes while its last series is imported is held back; the next
+        run sends so many parts and ends whole."""
+        self.tree()
+        with self.xnat(reject=once(change, "B_0002")) as server:
+            self.run_it(server, "--procs", "1", status=1, posts=2, commits=0, words=f"{HELD} | "
+                        "changed while it was sent")
+            self.assertEqual(server.archive, {})
+            self.run_it(server, "--procs", "1", status=0, posts=posts, commits=1)
+            self.assertLessEqual(set(digests(self.root).values()), set(server.stored("007_pre")))
+            self.assertEqual(set(server.instances("007_pre").values()), {1})
+            self.assertEqual(server.prearchive, [])
+            self.stays_so(server)
+
+    def test_a_file_that_comes_holds_its_session_back(self) -> None:
+        self.held(lambda: self.tree("007/pre/A_0001", files=3), 1)
+
+    def test_a_file_that_goes_holds_its_session_back(self) -> None:
+        self.held(lambda: (self.root / "007/pre/A_0001/IM0002.dcm").unlink(), 1)
+
+    def test_a_file_that_changes_holds_its_session_back(self) -> None:
+        self.held(lambda: self.tree("007/pre/A_0001", rows=24), 1)
+
+    def test_a_series_that_comes_holds_its_session_back(self) -> None:
+        self.held(lambda: self.tree("007/pre/C_0003"), 1)
+
+    def test_while_it_sends_nobody_else_can_read_anything(self) -> None:
+        self.tree()
+        self.work.mkdir()
+        modes = {}
+
+        def look() -> None:
+            for path in self.work.rglob("*"):
+                modes[path.suffix or path.name] = path.stat().st_mode & 0o77
+
+        with self.xnat(reject=once(look, "B_0002")) as server:
+            ran = self.upload(server, "--procs", "1", preexec=lambda: os.umask(0))
+            self.assertEqual(ran.status, 0, ran.text)
+        self.assertEqual(set(modes.values()), {0}, modes)
+        self.assertLessEqual({".zip", ".zips", ".log", ".csv", ".ledger", ".lock"}, set(modes))
+
+    def without_zips(self, statuses: str, *faults: Fault) -> None:
+        """The folder for zips goes away while the first series is on its way."""
+        self.tree()
+        with self.xnat() as server:
+            server.knobs.reject = once(
+                lambda: shutil.rmtree(str(self.work / "dicomUpload.zips")), "A_0001")
+            for fault in faults:
+                server.faults.append(fault)
+            ran = self.run_it(server, "--procs", "1", status=1, commits=0,
+                              words="Report: | [Rr]un the same command again")
+            self.assertEqual(HELD in ran.out, statuses == FIRST, ran.out)
+            self.assertEqual(self.statuses(), statuses, ran.text)
+            self.run_it(server, status=0)
+            self.assert_whole(server)
+
+    def test_a_folder_for_zips_that_is_removed_costs_what_is_not_sent_yet(self) -> None:
+        self.without_zips(FIRST)
+
+    def test_a_folder_for_zips_that_is_removed_before_a_retry_costs_that_series_too(self) -> None:
+        self.without_zips(NEITHER, late(503))
+
+
+if __name__ == "__main__":
+    unittest.main()
