@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from tests.dicom import digests, uid, write_series
-from tests.support import Ran, UploadTest, need
+from tests.dicom import uid, write_series
+from tests.faults import FaultTest
+from tests.support import Ran, need
 from tests.xnat_standin import Standin
 
 IMPORT = "POST /data/services/import"
@@ -34,68 +35,7 @@ def until(true: Callable[[], Any], seconds: float = 30) -> Any:
         time.sleep(0.01)
 
 
-class RunningTest(UploadTest):
-
-    def tree(self, *paths: str, files: int = 2) -> None:
-        """Make series folders, subject/session/series; numbers are taken from their ends."""
-        for path in paths or ("007/pre/A_0001", "007/pre/B_0002"):
-            subject, session, name = path.split("/")
-            write_series(self.root / path, study=uid(subject, session), files=files,
-                         number=int(name[-4:]), patient=subject)
-
-    def quiet(self, server: Standin) -> None:
-        """Wait until nothing runs on the server any more, also in the background."""
-        def idle() -> bool:
-            return all(each.answered or "stall" in each.fault for each in server.requests)
-
-        self.assertTrue(server.wait_for(idle, 30), "the stand-in has not come to rest")
-
-    def assert_whole(self, server: Standin, archived: bool = True, context: str = "") -> None:
-        """The server holds every file under ROOTDIR exactly once; archived, if it should be."""
-        tree = digests(self.root)
-        labels = {"_".join(path.split("/")[:2]) for path in tree}
-        for label in sorted(labels):
-            wanted = sorted(digest for path, digest in tree.items()
-                            if "_".join(path.split("/")[:2]) == label)
-            self.assertEqual(server.stored(label), wanted, f"{label} {context}")
-            self.assertEqual(set(server.instances(label).values()), {1}, f"{label} {context}")
-        if archived:
-            self.assertEqual({name for _, name in server.archive}, labels, context)
-            self.assertEqual([row for row in server.prearchive if row.name in labels], [], context)
-
-    def tidy(self, ran: Ran) -> None:
-        """What no run may leave or show."""
-        self.assertEqual(self.zips(), [])
-        self.assertNotRegex(ran.text + self.log_if_any(), "s3cret")
-        self.assertNotRegex(ran.text, "(?i)</?(html|body|h3|p)>")
-
-    def log_if_any(self) -> str:
-        return self.log() if self.work.is_dir() else ""
-
-    def statuses(self) -> str:
-        """The series' statuses in the newest report, in the order of the folders."""
-        keys = "subject", "session", "series", "status"
-        return ", ".join(row[-1] for row in sorted([each[key] for key in keys]
-                                                   for each in self.report()))
-
-    def run_it(self, server: Standin, *options: str, status: int = 0, words: str = "",
-               posts: int = -1, commits: int = -1, **call: Any) -> Ran:
-        """Run the upload; check exit status, words (| between them), requests of this run."""
-        before = len(server.imports()), len(server.commits())
-        ran = self.upload(server, *options, timeout=150, **call)
-        self.assertEqual(ran.status, status, ran.text)
-        for word in filter(None, words.split(" | ")):
-            self.assertRegex(ran.text, word)
-        made = len(server.imports()) - before[0], len(server.commits()) - before[1]
-        wanted = (made[0] if posts < 0 else posts, made[1] if commits < 0 else commits)
-        self.assertEqual(made, wanted, f"imports and commits\n{ran.text}")
-        self.tidy(ran)
-        return ran
-
-    def ledger(self) -> Path:
-        """The file that remembers."""
-        (found,) = self.work.glob("*ledger*")
-        return found
+class RunningTest(FaultTest):
 
     def big_series(self, path: str, megabytes: float, files: int = 1) -> None:
         """A series that does not compress."""

@@ -1,28 +1,13 @@
-"""How a run begins and what it may find there: closed streams, and what nobody else may see."""
+"""How a run begins and what it may find there: closed streams, and servers to wait for."""
 
-import os
 import types
 import unittest
-from typing import Any, Callable, Dict, List
+from typing import Any, List
 
 import dicomUpload
 from tests.faults import FaultTest
 from tests.support import Ran
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
-
-
-def once(do: Callable[[], Any], series: str) -> Callable[[str], bool]:
-    """A server's filter that throws nothing away, but does something in the middle of the first
-    import of this series: when its body is read, and nothing of it is kept yet."""
-    waiting = {series}
-
-    def look(description: str) -> bool:
-        if description in waiting:
-            waiting.remove(description)
-            do()
-        return False
-
-    return look
 
 
 class HowItBegins(FaultTest):
@@ -46,21 +31,6 @@ class HowItBegins(FaultTest):
             ran = self.closed(server.url, "<&-", password="-")
             self.assertEqual(ran.status, 2, ran.text)
             self.assertRegex(ran.err, "dicomUpload: PASS -: .*XNAT_PASS")
-
-    def test_while_it_sends_nobody_else_can_read_anything(self) -> None:
-        self.tree()
-        self.work.mkdir()
-        modes: Dict[str, int] = {}
-
-        def look() -> None:
-            for path in self.work.rglob("*"):
-                modes[path.suffix or path.name] = path.stat().st_mode & 0o77
-
-        with self.xnat(reject=once(look, "B_0002")) as server:
-            ran = self.upload(server, "--procs", "1", preexec=lambda: os.umask(0))
-            self.assertEqual(ran.status, 0, ran.text)
-        self.assertEqual(set(modes.values()), {0}, modes)
-        self.assertLessEqual({".zip", ".zips", ".log", ".csv", ".ledger", ".lock"}, set(modes))
 
 
 class Waits(unittest.TestCase):
