@@ -1384,7 +1384,8 @@ def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, count: int
     pieces = re.split(rb"\n(\d{3}) " + mark.encode() + rb"\n", done.stdout)
     pieces = pieces[:-1] or [done.stdout, b"000"]  # curl was killed: no mark, no status
     pairs = list(zip(pieces[::2], pieces[1::2]))[:count]
-    last = len(pairs)  # of those that were tried: the exit status is that of this one
+    # The exit status is that of the last one that was tried (--fail-early).
+    last = len(pairs) if done.returncode > 0 else count
     pairs += [(b"", b"000")] * (count - len(pairs))
     return [read_answer(out, int(status), done if at == last else None)
             for at, (out, status) in enumerate(pairs, 1)]

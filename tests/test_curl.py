@@ -66,6 +66,8 @@ class Answers(unittest.TestCase):
                 ("all", whole, 0, [(200, "one", 0), (0, "", 0), (200, "three", 0)]),
                 ("the last is cut short", whole, 18, [(200, "one", 0), (0, "", 0),
                                                       (0, "three", 18)]),
+                ("the first is cut short, and no other is tried", head + b"on\n200 mark\n", 18,
+                 [(0, "on", 18), (0, "", 0), (0, "", 0)]),
                 ("curl was killed", head + b"one\n200 mark\n" + head + b"tw", -9,
                  [(200, "one", 0), (0, "", 0), (0, "", -9)]),
                 ("it was killed before it began", b"", -9,
