@@ -40,7 +40,8 @@ CURL_7_61 = set("""
 # Those of them that take no value, among what the program could use.
 ALONE = set("""
     anyauth basic compressed digest disable fail fail-early get globoff head http1.0 http1.1 http2
-    include insecure ipv4 ipv6 location netrc-optional next no-buffer no-keepalive no-sessionid path-as-is
+    include insecure ipv4 ipv6 location netrc-optional next no-buffer no-keepalive no-sessionid
+    path-as-is
     progress-bar raw show-error silent suppress-connect-headers tcp-nodelay tlsv1 tlsv1.2 verbose
     version
     """.split())
