@@ -1,10 +1,8 @@
-"""How a run begins and what it may find there: closed streams, and servers to wait for."""
+"""How a run begins and what it may find there: streams that are closed."""
 
-import types
 import unittest
-from typing import Any, List
+from typing import Any
 
-import dicomUpload
 from tests.faults import FaultTest
 from tests.support import Ran
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
@@ -31,21 +29,6 @@ class HowItBegins(FaultTest):
             ran = self.closed(server.url, "<&-", password="-")
             self.assertEqual(ran.status, 2, ran.text)
             self.assertRegex(ran.err, "dicomUpload: PASS -: .*XNAT_PASS")
-
-
-class Waits(unittest.TestCase):
-
-    def test_thirty_retries_and_thousands_wait_no_longer_than_minutes_each(self) -> None:
-        waits: List[float] = []
-        settings: Any = types.SimpleNamespace(retries=9999)
-        programs: Any = types.SimpleNamespace(pause=waits.append)
-        teller: Any = types.SimpleNamespace(say=lambda text: None)
-        curl = dicomUpload.Curl(settings, programs, teller)
-        answer = dicomUpload.Answer(0, 503, "")
-        for tries in (1, 2, 3, 30, 9999):
-            curl.wait_to_heal("007_pre", answer, dicomUpload.meaning_of(answer), tries)
-        self.assertEqual(waits[:3], sorted(waits[:3]), "they grow")
-        self.assertLess(max(waits), 300)
 
 
 if __name__ == "__main__":
