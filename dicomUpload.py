@@ -1454,8 +1454,7 @@ MEANINGS = (
     Meaning(r"exit 35\b", "no encrypted connection comes about",
             "check https or http, and the port", *LOST),
     Meaning(r"exit 52\b", "the server closed the connection without an answer", LATER, *LOST),
-    Meaning(r"exit 55\b", "the connection broke while sending", LATER, *LOST),
-    Meaning(r"exit (16|18|56|92|95|96)\b", "the connection broke", LATER, *LOST),
+    Meaning(r"exit (16|18|55|56|92|95|96)\b", "the connection broke", LATER, *LOST),
     Meaning(r"exit 60\b.*expired", "the server's certificate has expired",
             "ask the XNAT admin to renew it"),
     Meaning(r"exit 60\b.*not yet valid", "the server's certificate is not valid yet",
@@ -2412,7 +2411,8 @@ class Upload:
                    if each.refused]
         with self._lock:
             if refused:
-                words = re.sub(r"\S*[\d_./]\S*", "", refused[0])  # names and numbers differ
+                # Names and numbers differ, and how a connection breaks is chance.
+                words = re.sub(r"\(curl .*|\S*[\d_./]\S*", "", refused[0])
                 self._refused = [each for each in self._refused if each == words] + [words]
             elif outcome.where in ("archived", "prearchived") and not outcome.earlier:
                 self._refused = []

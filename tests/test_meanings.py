@@ -47,7 +47,7 @@ class Meanings(unittest.TestCase):
         (28, 0, "Operation too slow", "--timeout", True, True),
         (35, 0, "wrong version number", "https or http", True, True),
         (52, 0, "Empty reply from server", "without an answer", True, True),
-        (55, 0, "Send failure: Broken pipe", "while sending", True, True),
+        (55, 0, "Send failure: Broken pipe", "connection broke", True, True),
         (56, 0, "Recv failure", "connection broke", True, True),
         (60, 0, "SSL certificate problem: certificate has expired", "renew it", False, False),
         (60, 0, "certificate is not yet valid", "clock", False, False),

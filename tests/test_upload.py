@@ -315,6 +315,18 @@ class Stops(RunningTest):
             self.assertEqual(len(self.report()), 40)
             self.assertNotIn("", {row["message"] for row in self.report()})
 
+    def test_a_line_that_breaks_in_two_ways_by_turns_stops_the_run_all_the_same(self) -> None:
+        for number in range(25):
+            write_series(self.root / f"{number:03}/s/T1", study=uid(number), files=1, rows=1)
+        shim = self.shim("curl", f"""case "$*" in *--form*) cat >/dev/null; cd {self.folder}
+            echo >>broken; code=$((55 + $(wc -l <broken) % 2))
+            echo "curl: ($code) $code: Connection reset by peer" >&2; exit $code;; esac""")
+        with self.xnat() as server:
+            ran = self.upload(server, "--procs", "1", "--retries", "0", environment=shim)
+            self.assertEqual(ran.status, 3, ran.text)
+            self.assertRegex(ran.err, r"refuses everything \(20 sessions in a row")
+            self.assertEqual(server.imports(), [])
+
 
 # ---- What is not there -----------------------------------------------------------------------
 
