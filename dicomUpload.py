@@ -1542,12 +1542,11 @@ ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
 
 
 class Scan(NamedTuple):
-    """A scan that the server holds."""
+    """What the server holds of one series of a session."""
 
-    path: str  # of its session
-    id: str
     uid: str  # Series Instance UID, '' if the server does not tell
     files: int  # DICOM files, counted by the server
+    names: str  # where it lists their names
 
 
 class Xnat(Curl):
@@ -1597,51 +1596,52 @@ class Xnat(Curl):
         if self.cookie:
             self.ask("DELETE", "/data/JSESSION", seconds=3)
 
-    def scans(self, path: str) -> Optional[List[Scan]]:
-        """The scans of a session at `path`, None if it is not there.
+    def _again(self, path: str, answer: Answer) -> Answer:
+        """200 or 404, asked for again by itself if it was something else. Raises Trouble."""
+        if answer.status == 404 or answer.status == 200 and not answer.is_html:
+            return answer
+        answer, meaning, _ = self.ask_until(path, lambda: self.ask_once(path)[0])
+        if answer.status not in (200, 404):
+            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
+        return answer
 
-        In the prearchive this is what the last build saw.
-        """
-        urls = [path + "/scans?format=json&columns=ID,UID,series_description",
+    def scans(self, path: str) -> List[Scan]:
+        """What the server holds of the session at `path`; in the prearchive, as of its last build.
+        None where it is not there. Raises Trouble if the server does not tell."""
+        urls = [path + "/scans?format=json&columns=ID,UID",
                 path + "/scans/ALL/resources?format=json&cache_file_stats=true"]
         if "/prearchive/" in path:
             urls = [path + "?format=xml", path + "/resources?format=json"]
         first, second = self.ask_once(*urls)
-        if first.status not in (200, 404):
-            first, meaning, _ = self.ask_until(path, lambda: self.ask_once(urls[0])[0])
-        if first.status not in (200, 404):
-            raise Trouble(f"{path} cannot be read ({first.evidence})", meaning.to_do)
-        uids, rows = scan_uids(first), table(second.json())
-        if uids is None:
-            return None
+        uids, rows = scan_uids(self._again(urls[0], first)), table(second.json())
+        found = []
         if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
             rows = [dict(row, cat_id=scan) for scan in uids
                     for row in self.rows(f"{path}/scans/{quote(scan, safe='')}/resources") or []]
-        counts: Counter[str] = Counter()
         for row in rows:
             scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
             if scan in uids and label in ("DICOM", "secondary"):
+                names = f"{path}/scans/{quote(scan, safe='')}/resources/{label}/files"
                 if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
-                    count = str(len(self.names(Scan(path, scan, "", 0), label)) or "")
+                    count = str(len(self.names([Scan("", 0, names)])) or "")
                 if not count:
                     raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
                                   "ask the XNAT admin to refresh its catalogs, then run again")
-                counts[scan] += int(count)
-        return [Scan(path, scan, uid, counts[scan]) for scan, uid in uids.items()]
+                found.append(Scan(uids[scan], int(count), names))
+        return found
 
-    def names(self, scan: Scan, label: str = "DICOM") -> List[str]:
-        """The names of a scan's files, as they are stored."""
-        rows = self.rows(f"{scan.path}/scans/{quote(scan.id, safe='')}/resources/{label}/files")
-        return [row.get("name", "") for row in rows or []]
+    def names(self, scans: List[Scan]) -> List[str]:
+        """The names of the files of these scans, as they are stored."""
+        return [row.get("name", "") for scan in scans for row in self.rows(scan.names) or []]
 
-    def status(self, address: str) -> str:
-        """Status of a prearchive session once nothing works on it; '' if it is not there."""
+    def settled(self, address: str) -> Row:
+        """The prearchive's row of a session once nothing works on it, empty if it is gone."""
         for pause in (1.0, 2.0, 5.0, 10.0) + (30.0,) * 60:
-            rows = self.rows(address)
-            status = rows[0].get("status", "") if rows else ""
+            row = (self.rows(address) or [{}])[0]
+            status = row.get("status", "")
             # _BUILDING, ARCHIVING, QUEUED_ARCHIVING, MOVING ...: nobody may touch it (LockAndSync)
             if not status.startswith("_") and (not status.endswith("ING") or status == "RECEIVING"):
-                return status
+                return row if status else {}
             if pause == 2.0:
                 self.teller.say(f"{address}: XNAT is at work on it ({status}): waiting")
             self.programs.pause(pause)
@@ -1667,15 +1667,14 @@ class Xnat(Curl):
             what += f", for a zip of {size(os.path.getsize(zipped))} with {plural(files, 'file')}"
         if answer.status != 200:
             raise Trouble(f"{meaning.means} ({what})", meaning.to_do, refused=True)
-        if answer.is_html:
-            raise Trouble("a web page came instead of an answer", "is this XNAT's own address?")
         if not addresses:
             raise Trouble("XNAT kept none of these files (empty answer)", "ask the project's owner "
                           "about import filters and anonymization scripts", refused=True)
         for address in addresses:
             found = ADDRESS.search(address)
             if not found:
-                raise Trouble(f"no address came back ({address[:200]})", "look in the log")
+                raise Trouble(f"no address came back but {'a web page' if answer.is_html else what}"
+                              , "is this XNAT's own address?")
             if found[1] != self.project:
                 raise Misplaced(f"project {self.project}: XNAT put {session.label} {series.name} "
                                 f"into project {found[1]} ({address}): do not run again, have it "
@@ -1713,11 +1712,11 @@ class Xnat(Curl):
             # Refused, or the answer was lost on the way while XNAT went on: look. READY may mean
             # that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
-            status = self.status(address)
+            status = self.settled(address).get("status", "")
             for pause in (1.0, 3.0, 6.0):
                 if lost and status == "READY":
                     self.programs.pause(pause)
-                    status = self.status(address)
+                    status = self.settled(address).get("status", "")
             if not status:
                 return ""
             if not lost or tries > self.settings.retries:
@@ -1730,97 +1729,100 @@ class Xnat(Curl):
 
 
 class Contents:
-    """What archive and prearchive of the project hold under our labels, asked once."""
+    """What archive and prearchive of the project hold under our labels, asked once for all.
+
+    Not every server tells this to every user; sessions are then asked for one by one.
+    """
 
     def __init__(self, xnat: Xnat, sessions: Sequence[Session]) -> None:
-        """Not every server tells this to every user; sessions are then asked for one by one."""
         self.xnat = xnat
-        labels = {session.label for session in sessions}
-        ours = {session.subject_label.lower() for session in sessions}
-        info, code, archive, waiting = (answer.json() for answer in xnat.ask_once(
-            BUILD_INFO, xnat.path("prearchive_code"), self._archive(), self._prearchive()))
+        self._list = xnat.path().replace("/data/", "/data/prearchive/", 1)
+        archive = "/data/experiments?" + urlencode({
+            "project": xnat.project, "xsiType": "xnat:imageSessionData",
+            "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
+        info, code, listed, waiting = (answer.json() for answer in xnat.ask_once(
+            BUILD_INFO, xnat.path("prearchive_code"), archive, self._list + "?format=json"))
         # Without a version the series of a session go one by one.
         xnat.version = str(info.get("version", "")) if isinstance(info, dict) else ""
         # Whether XNAT replaces files that it has (PrearchiveCode.AutoArchiveOverwrite).
         self.replaces = xnat.settings.overwrite_files or code == 5
-        rows = table(archive)
-        self.archive: Optional[Dict[str, Row]] = None if rows is None else {
-            row["label"]: row for row in rows if row.get("label") in labels}
+        labels = {session.label for session in sessions}
+        ours = {session.subject_label.lower() for session in sessions}
+        rows = table(listed)
+        self._told = rows is not None
+        self._archive = {row["label"]: row for row in rows or [] if row.get("label") in labels}
         # XNAT finds subjects without regard to case; these are their labels as it has them.
-        self.subjects = {row["subject_label"].lower(): row["subject_label"] for row in rows or []
-                         if row.get("subject_label", "").lower() in ours}
-        self.prearchive: Dict[str, List[Row]] = defaultdict(list)
-        for row in self._waiting_rows(waiting):
+        self._subjects = {row["subject_label"].lower(): row["subject_label"] for row in rows or []
+                          if row.get("subject_label", "").lower() in ours}
+        self._prearchive: Dict[str, List[str]] = defaultdict(list)
+        for row in self._listed(table(waiting)):
             if row.get("name") in labels:
-                self.prearchive[row["name"]].append(row)
+                self._prearchive[row["name"]].append(address_of(row))
 
-    def _waiting_rows(self, found: Any) -> List[Row]:
+    def _listed(self, rows: Optional[List[Row]] = None) -> List[Row]:
         """The prearchive's listing; a hiccup must not look like an empty prearchive."""
-        rows = table(found)
         if rows is None:
             with suppress(Trouble):  # not every user may see it
-                rows = self.xnat.rows(self._prearchive().partition("?")[0])
+                rows = self.xnat.rows(self._list)
         return rows or []
 
-    def _archive(self) -> str:
-        return "/data/experiments?" + urlencode({
-            "project": self.xnat.project, "xsiType": "xnat:imageSessionData",
-            "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
-
-    def _prearchive(self) -> str:
-        return self.xnat.path().replace("/data/", "/data/prearchive/", 1) + "?format=json"
-
-    def archived(self, session: Session) -> Optional[Row]:
-        """Label, subject and Study UID of a session in the archive, None if it is not there."""
-        if self.archive is not None:
-            return self.archive.get(session.label)
-        row = self._fields(self.path(session))  # no listing: ask for this one
-        if row is None:  # under another subject?
+    def archived(self, session: Session, again: bool = False) -> Row:
+        """Label, subject and Study UID of a session in the archive, empty if it is not there.
+        The meeting has told, unless it is asked for `again`."""
+        if again or not self._told and session.label not in self._archive:
             row = self._fields(self.xnat.path("experiments", session.label))
-            if row and row.get("subject_id"):
-                owner = self._fields(self.xnat.path("subjects", row["subject_id"])) or {}
+            if row.get("subject_id"):
+                owner = self._fields(self.xnat.path("subjects", row["subject_id"]))
                 row["subject_label"] = owner.get("label") or row["subject_id"]
-        return row
+            self._archive[session.label] = row
+        return self._archive.get(session.label, {})
 
-    def _fields(self, path: str) -> Optional[Row]:
-        """The fields of the item at `path`, None if it is not there."""
+    def _fields(self, path: str) -> Row:
+        """The fields of the item at `path`, empty if it is not there."""
         found = self.xnat.get(path)
         with suppress(KeyError, IndexError, TypeError, AttributeError):
             return {key.lower(): str(value or "")
                     for key, value in found["items"][0]["data_fields"].items()}
-        return None if found is None else {}
+        return {}
 
     def path(self, session: Session) -> str:
         """Where the archive has a session, or will have it."""
-        subject = (self.archive or {}).get(session.label, {}).get("subject_label")
-        subject = subject or self.subjects.get(session.subject_label.lower())
-        return self.xnat.path("subjects", subject or session.subject_label, "experiments",
-                              session.label)
+        subject = (self._archive.get(session.label, {}).get("subject_label")
+                   or self._subjects.get(session.subject_label.lower(), session.subject_label))
+        return self.xnat.path("subjects", subject, "experiments", session.label)
 
-    def waiting(self, session: Session) -> List[str]:
-        """Addresses in the prearchive under a session's label."""
-        return [address_of(row) for row in self.prearchive.get(session.label, [])]
+    def waiting(self, session: Session, *more: str) -> Dict[str, Row]:
+        """What of a session waits in the prearchive now, by address; `more` are addresses that
+        the ledger knows. What has left it since the meeting may be in the archive."""
+        known = dict.fromkeys([*filter(None, more), *self._prearchive.get(session.label, [])])
+        found = {address: self.xnat.settled(address) for address in known}
+        if not all(found.values()):
+            self.archived(session, again=True)
+        return {address: row for address, row in found.items() if row}
 
-    def check_label(self, session: Session, series: List[Series], memory: Memory) -> None:
+    def waits(self, session: Session, address: str) -> bool:
+        """Whether a session is in the prearchive at this address."""
+        return (address in self._prearchive.get(session.label, [])
+                or bool(self.xnat.settled(address)))
+
+    def check_label(self, session: Session, series: List[Series], waiting: Dict[str, Row],
+                    memory: Memory) -> None:
         """Raises Trouble if XNAT has something else under this session's label.
 
         If an earlier run brought it there, a script of the site may have changed its Study UID.
         """
+        ours = self.xnat.settings.again and bool(memory.ended) or any(
+            memory.of(each).is_of(each.images, each) or memory.sent(each) for each in series)
         study = next(image.study for each in series for image in each.images)
-        waiting = self.prearchive.get(session.label, [])
-        still = [row for row in waiting if self.xnat.status(address_of(row))]
-        if len(still) < len(waiting) or memory.address and not self.xnat.status(memory.address):
-            self.look_again(session, still)  # an earlier commit has archived it since the meeting
-        rows = [("archive", row.get("subject_label", ""), row.get("uid", ""))
-                for row in [self.archived(session) or {}]]
-        rows += [("prearchive", row.get("subject", ""), row.get("tag", "")) for row in still]
+        archived = self.archived(session)
+        rows = [("archive", archived.get("subject_label", ""), archived.get("uid", ""))]
+        rows += [("prearchive", row.get("subject", ""), row.get("tag", ""))
+                 for row in waiting.values()]
         for where, subject, uid in rows:
-            if subject and subject.lower() != session.subject_label.lower():
+            if subject.lower() not in ("", session.subject_label.lower()):
                 raise Trouble(f"XNAT's {where} has {session.label} under subject {subject}, here "
                               f"it is subject {session.subject_label}", "rename the folder")
-            if not uid or not study or uid == study or self.xnat.settings.again and memory.ended:
-                continue
-            if not any(memory.has(each, each.images) or memory.sent(each) for each in series):
+            if uid and study and uid != study and not ours:
                 raise Trouble(f"XNAT's {where} has another study under the label {session.label} "
                               f"(there {uid}, here {study})", "rename the session folder" + (
                                   "; if it is this session, its UIDs changed by a script of the "
@@ -1828,49 +1830,29 @@ class Contents:
                                   "; if it is a script of the site that changes UIDs, "
                                   f"{anew(session, True)}" if memory.ended else ""))
 
-    def waits(self, session: Session, address: str) -> bool:
-        """Whether a session is in the prearchive at this address."""
-        return address in self.waiting(session) or bool(self.xnat.status(address))
-
-    def check_deleted(self, session: Session, memory: Memory) -> None:
-        """Raises Trouble if somebody has deleted what an earlier run brought there: it does not
-        come back by itself."""
-        if (memory.parts or memory.ended not in ("archived", "prearchived")
-                or self.archived(session) is not None):
-            return
-        if memory.ended == "archived":
-            raise Trouble("an earlier run saw it archived, and it is not there any more",
-                          anew(session))
-        if not self.waits(session, memory.path):
-            raise Trouble("it was left for review, and is neither in the prearchive nor in the "
-                          "archive any more", anew(session))
-
-    def look_again(self, session: Session, waiting: List[Row]) -> str:
-        """Something of a session has left the prearchive: where the archive has it now, or ''."""
-        self.prearchive[session.label] = waiting
-        rows = table(self.xnat.ask_once(self._archive())[0].json())
-        if self.archive is not None:
-            self.archive.update({row["label"]: row for row in rows or []
-                                 if row.get("label") == session.label})
-        return self.path(session) if self.archived(session) is not None else ""
-
     def leftovers(self, sessions: List[Session]) -> List[str]:
         """Addresses in the prearchive beside sessions that are archived, with their status."""
         labels = {session.label for session in sessions}
-        rows = table(self.xnat.ask_once(self._prearchive())[0].json()) if labels else []
-        return [f"{address_of(row)} ({row.get('status', '')})" for row in rows or []
-                if row.get("name") in labels]
+        return [f"{address_of(row)} ({row.get('status', '')})"
+                for row in (self._listed() if labels else []) if row.get("name") in labels]
 
 
-def scan_uids(answer: Answer) -> Optional[Dict[str, str]]:
-    """Series UIDs of a session's scans by ID: of a listing, or of a prearchive session's XML."""
+def rows_of(answer: Answer) -> List[Row]:
+    """The rows of a listing, none if it is not there. Raises Trouble if it is something else."""
     rows = table(answer.json())
-    if rows is not None:
-        return {row.get("id", ""): row.get("uid", "") for row in rows}
+    if rows is None and answer.status != 404:
+        raise Trouble(f"a listing cannot be read ({answer.evidence})",
+                      "check that this is XNAT's own address")
+    return rows or []
+
+
+def scan_uids(answer: Answer) -> Dict[str, str]:
+    """Series UIDs of a session's scans by ID: of a listing, or of a prearchive session's XML."""
+    if not answer.body.lstrip().startswith("<"):
+        return {row.get("id", ""): row.get("uid", "") for row in rows_of(answer)}
     scans = [dict(re.findall(r'\b(ID|UID)="([^"]*)"', scan))
              for scan in re.findall(r"<(?:\w+:)?scan\s([^>]*)>", answer.body)]
-    return {html.unescape(scan["ID"]): scan.get("UID", "") for scan in scans if "ID" in scan
-            } if answer.status == 200 else None
+    return {html.unescape(scan["ID"]): scan.get("UID", "") for scan in scans if "ID" in scan}
 
 
 def address_of(row: Row) -> str:
@@ -1879,6 +1861,25 @@ def address_of(row: Row) -> str:
 
 
 # ---- ledger --------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """What the ledger keeps of one series of a session that has ended."""
+
+    listing: str = ""  # fingerprint of its files' names, sizes and times
+    images: str = ""  # of what its images are
+    number: int = 0  # of them
+    by_crc: bool = False  # whether `images` has their CRC-32s, which zip has computed
+
+    def is_of(self, images: List[File], series: Series) -> bool:
+        """Whether these images of a series are the ones that were noted."""
+        if not images or len(images) != self.number:
+            return False
+        if self.listing == series.listing and len(series.images) == self.number:
+            return True
+        for image in images if self.by_crc else ():
+            crc_of(series, image)
+        return images_fingerprint(images, self.by_crc) == self.images
 
 
 @dataclass
@@ -1891,49 +1892,26 @@ class Memory:
     path: str = ""  # where that was counted
     files: int = 0  # so many
     whole: bool = False  # nothing was wrong with it
-    # By name: listing, fingerprint of the images, their number, whether by CRC-32.
-    series: Dict[str, Tuple[str, str, int, bool]] = field(default_factory=dict)
+    series: Dict[str, Known] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
         return self.parts[-1]["address"] if self.parts else ""
 
+    def of(self, series: Series) -> Known:
+        return self.series.get(series.name, Known())
+
     def gone(self, series: List[Series]) -> List[str]:
         """Series that had images, and have none any more."""
         here = {each.name for each in series
                 if each.images or each.problems or each.status in ("left out", "copy")}
-        return [name for name, known in self.series.items() if known[2] and name not in here]
+        return [name for name, known in self.series.items() if known.number and name not in here]
 
     def is_same(self, series: List[Series]) -> bool:
         """Whether the folder is what an earlier run verified, by names, sizes and times."""
         return self.whole and not self.parts and not any(each.problems for each in series) and {
             each.name: each.listing for each in series if not each.status} == {
-            name: known[0] for name, known in self.series.items()}
-
-    def has(self, series: Series, images: List[File]) -> bool:
-        """Whether these images of a series are those that an earlier run noted, by their UIDs,
-        sizes and CRC-32s."""
-        listing, known, count, by_crc = self.series.get(series.name, ("", "", 0, False))
-        if not images or len(images) != count:
-            return False
-        if listing == series.listing and len(series.images) == count:
-            return True
-        for image in images if by_crc else ():
-            crc_of(series, image)
-        return images_fingerprint(images, by_crc) == known
-
-    def renewed(self, series: List[Series]) -> Dict[str, Tuple[str, str, int, bool]]:
-        """What is to be remembered of the series from now on."""
-        known = {}
-        for each in series:
-            by_crc = all(image.crc >= 0 for image in each.images)
-            earlier = self.series.get(each.name, ("", "", 0, False))
-            if not by_crc and earlier[0] == each.listing:  # its CRC-32s are still true
-                known[each.name] = earlier
-            elif each.status != "left out":
-                known[each.name] = (each.listing, images_fingerprint(each.images, by_crc),
-                                    len(each.images), by_crc)
-        return known
+            name: known.listing for name, known in self.series.items()}
 
     def sent(self, series: Series) -> List[File]:
         """Images of a series, as they are now, that were sent to `address`."""
@@ -1943,6 +1921,18 @@ class Memory:
             if (part["series"], part["address"], part["files"]) == (
                     series.name, self.address, part_fingerprint(images)):
                 found += images
+        return found
+
+    def renewed(self, series: List[Series]) -> Dict[str, Known]:
+        """What is to be remembered of these series from now on."""
+        found = {}
+        for each in series:
+            by_crc = all(image.crc >= 0 for image in each.images)
+            if not by_crc and self.of(each).listing == each.listing:  # its CRC-32s are still true
+                found[each.name] = self.of(each)
+            elif each.status != "left out":
+                found[each.name] = Known(each.listing, images_fingerprint(each.images, by_crc),
+                                         len(each.images), by_crc)
         return found
 
 
@@ -1966,18 +1956,17 @@ class Ledger:
         """Raises Stop(3) if it cannot be used. A dry run only reads it, if it is there."""
         self.path = os.path.join(os.path.abspath(settings.workdir), "dicomUpload.ledger")
         self.exclusions: Set[str] = set()  # of earlier runs
+        self.from_here: Set[str] = set()  # labels of sessions that came from this ROOTDIR
+        self._root = os.path.realpath(settings.rootdir)
         self._where = {"v": 2, "server": settings.url, "project": project}
         self._ended: Dict[Tuple[str, str], int] = {}  # where in the file
-        self._root = os.path.realpath(settings.rootdir)
-        self.from_here: Set[str] = set()  # labels of sessions that came from this ROOTDIR
         self._parts: Dict[Tuple[str, str], List[Dict[str, str]]] = defaultdict(list)
         self._lock = threading.Lock()
-        self._end, raw = 0, b"\n"
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._end, raw, flags = 0, b"\n", os.O_RDWR | os.O_CREAT | os.O_APPEND
+        if settings.dry_run:
+            flags = os.O_RDONLY
+            self.path = self.path if os.path.exists(self.path) else os.devnull
         try:
-            if settings.dry_run:
-                flags = os.O_RDONLY
-                self.path = self.path if os.path.exists(self.path) else os.devnull
             self._file = os.open(self.path, flags, 0o600)
             with open(self.path, "rb") as lines:
                 for raw in lines:
@@ -1989,10 +1978,11 @@ class Ledger:
             if not raw.endswith(b"\n") and not settings.dry_run:
                 self._write(b"\n")
         except OSError as error:
-            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, or delete "
+            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): fix it, or delete "
                        "it (the server is then asked what it has)")
 
     def _take(self, line: Dict[str, Any], at: int) -> None:
+        """Remember a line that stands at this place."""
         if line["event"] == "exclude":
             self.exclusions = set(map(str, line["names"]))
             return
@@ -2009,31 +1999,22 @@ class Ledger:
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
         key, memory = (session.subject_label, session.label), Memory()
-        with self._lock, suppress(ValueError, KeyError, TypeError, IndexError, OSError):
+        with self._lock, suppress(ValueError, KeyError, TypeError, OSError):
             memory.parts = list(self._parts.get(key, []))
             if key in self._ended:
                 with open(self.path, "rb") as lines:
                     lines.seek(self._ended[key])
                     line = json.loads(lines.readline())
-                memory.series = {str(name): (str(known[0]), str(known[1]), int(known[2]),
-                                             bool(known[3]))
-                                 for name, known in line["series"].items()}
+                memory.series = {str(name): Known(*known) for name, known in line["series"].items()}
                 memory.path, memory.files = str(line["path"]), int(line["files"])
                 memory.ended, memory.whole = str(line["where"]), bool(line["whole"])
         return memory
 
-    def add(self, session: Session, event: str, **more: Any) -> None:
+    def add(self, event: str, session: Optional[Session] = None, **more: Any) -> None:
         """Write an event down and sync it. Raises Stop(3) if that fails."""
-        self._add(event, subject=session.subject_label, session=session.label, root=self._root,
-                  **more)
-
-    def exclude(self, names: Set[str]) -> None:
-        """Remember these exclusions in place of those of earlier runs."""
-        if names != self.exclusions:
-            self._add("exclude", names=sorted(names))
-
-    def _add(self, event: str, **more: Any) -> None:
-        line = dict(self._where, at=now(), event=event, **more)
+        line = dict(self._where, at=now(), event=event, root=self._root, **more)
+        if session:
+            line.update(subject=session.subject_label, session=session.label)
         try:
             with self._lock:
                 at = self._end
@@ -2066,147 +2047,135 @@ class Comparison:
         self.session = outcome.session
         self.series = outcome.series
         self.memory = memory
-        self.archived = contents.archived(self.session) is not None
-        self.doubts: List[Tuple[Series, Trouble]] = []
+        self.by_uid: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
+        for each in self.series:
+            for image in each.images:
+                self.by_uid[image.series].append((each, image))
 
-    def addresses(self) -> List[str]:
+    def addresses(self, waiting: Dict[str, Row]) -> List[str]:
         """Mark the images that the server has; the prearchive addresses that wait for a commit.
 
         Raises Trouble where sending more could only make it worse.
         """
-        held: List[Scan] = []
-        if self.archived:
-            held = self.xnat.scans(self.contents.path(self.session)) or []
-        told = self._hold(held)
-        address, here = self.memory.address, self.contents.waiting(self.session)
-        waits = address in here or bool(address and self.xnat.status(address))
-        found = [address] if waits else []
-        if here and not waits and not (self.archived and all(
-                not image.missing for each in self.series for image in each.images)):
-            self._join(held, here)
-            found = here
-        elif address and not waits and not self.archived:
+        archived = bool(self.contents.archived(self.session))
+        held = self.xnat.scans(self.contents.path(self.session)) if archived else []
+        # Else a script of the site has changed the UIDs, and the ledger counts.
+        told = not held or any(scan.uid in self.by_uid for scan in held if scan.uid)
+        if told and self.xnat.settings.dry_run:  # it shows what the server says
+            self.memory = Memory(self.memory.parts)
+        there = self._among(held)
+        ours = self.memory.address in waiting
+        found = [self.memory.address] if ours else []
+        if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
+            found = list(waiting)
+            joined = self._among(self._join(waiting))
+            if there & joined and not self.contents.replaces:
+                raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
+                              "), and what is missing would join it",
+                              "delete that copy in the prearchive, then run again")
+            there |= joined
+        if self.memory.address and not ours and not archived:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
                                  "it again")
-        if waits or self.archived and not told:
-            for image in itertools.chain.from_iterable(map(self.memory.sent, self.series)):
-                image.missing = False
-        for series, trouble in self.doubts:
-            series.problems.append(trouble)
-        return found
-
-    def _hold(self, held: List[Scan]) -> bool:
-        """Mark what `held` has, or what the ledger knows of it; whether XNAT tells our UIDs."""
-        told = not held or bool({scan.uid for scan in held if scan.uid} & {
-            image.series for each in self.series for image in each.images})
-        if told and self.xnat.settings.dry_run:  # it shows what the server says
-            self.memory = replace(self.memory, ended="", series={})
-        self.doubts = []
-        self._match(held)
-        if held or self.archived:
-            for each in self.series:
-                self._recall(each, told)
-        return told
-
-    def _match(self, held: List[Scan]) -> None:
-        """Mark what `held` has: by Series UID and count, and by names where these differ."""
-        groups: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
         for each in self.series:
             for image in each.images:
-                groups[image.series].append((each, image))
-        for uid, pairs in groups.items():
-            scans = [scan for scan in held if uid and scan.uid == uid]
-            count, ours = sum(scan.files for scan in scans), [image for _, image in pairs]
-            absent, sure, taken = [] if count else ours, True, False
-            if count and count != len(ours):
-                names = self._names(scans)
-                absent, sure = not_among(ours, names)
-                if count > len(ours) == len(absent):  # another program's names: the count tells
-                    absent = []
-                # XNAT would refuse it, or put it in another image's place.
-                taken = any(stored_name(image) in names for image in absent)
-            gone = set(absent)
-            for image in ours:
-                image.missing = image in gone
-            series = list(dict.fromkeys(each for each, _ in pairs))
-            if taken or gone and not sure and not all(self.memory.has(each, [
-                    image for image in each.images if not image.missing]) for each in series):
-                self.doubts += [(each, Trouble(
-                    f"XNAT has {count} of its {plural(len(ours), 'file')}, under other names (not "
-                    f"{absent[0].name}): which are missing cannot be told",
-                    anew(self.session, True))) for each in series]
+                image.missing = image not in there
+            if archived or waiting and not ours:
+                self._recall(each, told)
+            if ours or archived and not told:
+                for image in self.memory.sent(each):
+                    image.missing = False
+        return found
 
-    def _names(self, scans: List[Scan]) -> List[str]:
-        return [name for scan in scans for name in self.xnat.names(scan)]
+    def _among(self, scans: List[Scan]) -> Set[File]:
+        """Our images among these: by Series UID and count, and by names where these differ."""
+        there: Set[File] = set()
+        for uid, pairs in self.by_uid.items():
+            mine = [scan for scan in scans if uid and scan.uid == uid]
+            count, images = sum(scan.files for scan in mine), [image for _, image in pairs]
+            if not count:
+                continue
+            absent, sure = [], True  # type: List[File], bool
+            if count != len(images):
+                absent, sure = not_among(images, self.xnat.names(mine))
+            if count > len(images) == len(absent):  # another program's names: the count tells
+                absent = []
+            there |= set(images) - set(absent)
+            series = list(dict.fromkeys(each for each, _ in pairs))
+            if absent and not sure and not all(self.memory.of(each).is_of(
+                    [image for image in each.images if image in there], each) for each in series):
+                for each in series:
+                    each.problems.append(Trouble(
+                        f"XNAT has {count} of its {plural(len(images), 'file')}, under other names "
+                        f"(not {absent[0].name}): which are missing cannot be told",
+                        anew(self.session, True)))
+        return there
+
+    def _join(self, waiting: Dict[str, Row]) -> List[Scan]:
+        """What waits in the prearchive, left there by a run whose workdir is lost, or by another
+        tool. Raises Trouble if its UIDs are not ours."""
+        scans, study = [], next(iter(self.by_uid.values()))[0][1].study
+        for address, row in waiting.items():
+            if row.get("status") in ("RECEIVING", "ERROR"):  # it tells nothing, or not all
+                if self.xnat.settings.dry_run:
+                    self.xnat.teller.say(f"{self.session.label}: waits in the prearchive ({address}"
+                                         "); what of it is there shows when it is sent")
+                    continue
+                self.xnat.build(address)
+                row = self.xnat.settled(address)
+            if row.get("tag", study) != study and not self.memory.ended:
+                raise Trouble("the prearchive holds some of it with UIDs that a script has changed "
+                              f"({address}): what is missing cannot be told",
+                              "delete that in the prearchive, then run again")
+            scans += self.xnat.scans(address)
+        return scans
 
     def _recall(self, series: Series, told: bool) -> None:
-        """Hold a series against what an earlier run has noted of it."""
-        listing, _, count, _ = self.memory.series.get(series.name, ("", "", 0, False))
-        if not count or not series.images or any(each is series for each, _ in self.doubts):
+        """Hold a series that XNAT has against what an earlier run has noted of it."""
+        known, trouble = self.memory.of(series), None
+        if not known.number or not series.images or series.problems:
             return
         there = [image for image in series.images if not image.missing]
-        same = self.memory.has(series, there or series.images)
-        trouble = None
-        if not told and same:  # a script has changed the UIDs
+        same = known.is_of(there or series.images, series)
+        if not told and same:
             for image in series.images:
                 image.missing = False
         elif not told:
             trouble = Trouble("has changed since it was sent, and XNAT has other UIDs: which "
                               "images are missing cannot be told", anew(self.session, True))
         elif not there and same:
-            self.doubts.append((series, Trouble("an earlier run saw it archived, and it is not "
-                                                "there any more", anew(self.session, True))))
+            trouble = Trouble("an earlier run saw it archived, and it is not there any more",
+                              anew(self.session, True))
         # Times alone are no change. Where files were removed here, nothing can be said.
-        elif len(there) == count and listing != series.listing and not same:
+        elif len(there) == known.number and known.listing != series.listing and not same:
             trouble = Trouble("has changed since it was sent", "with --overwrite-files it replaces "
                               "what XNAT has")
-        if trouble and self.xnat.settings.overwrite_files:
+        if trouble and there and self.xnat.settings.overwrite_files:
             for image in series.images:
                 image.missing = True
         elif trouble:
-            self.doubts.append((series, trouble))
+            series.problems.append(trouble)
 
-    def _join(self, held: List[Scan], here: List[str]) -> None:
-        """Mark what waits in the prearchive, left there by a run whose workdir is lost, or by
-        another tool. Raises Trouble if a commit of that could only conflict."""
-        waiting: List[Scan] = []
-        for address in here:
-            status = self.xnat.status(address)
-            built = status not in ("RECEIVING", "ERROR")  # else it tells nothing, or not all
-            if not built and self.xnat.settings.dry_run:
-                self.xnat.teller.say(f"{self.session.label}: waits in the prearchive ({address}); "
-                                     "what of it is there shows when it is sent")
-                continue
-            if not built:
-                self.xnat.build(address)
-                self._check_study(address)
-            waiting += self.xnat.scans(address) or []
-        if not self.contents.replaces and self._overlap(held, waiting):
-            raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(here)}), "
-                          "and what is missing would join it",
-                          "delete that copy in the prearchive, then run again")
-        self._hold(held + waiting)
 
-    def _check_study(self, address: str) -> None:
-        """Raises Trouble if a build has shown UIDs that are not ours, and no ledger helps."""
-        study = next(image.study for each in self.series for image in each.images)
-        tags = {row.get("tag", study) for row in self.xnat.rows(address) or []}
-        if tags - {study} and not self.memory.ended:
-            raise Trouble("the prearchive holds some of it with UIDs that a script has changed "
-                          f"({address}): what is missing cannot be told",
-                          "delete that in the prearchive, then run again")
+def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
+    """The images that are not among a scan's files by their names, and whether that is sure."""
+    left = Counter(names)
+    # Other programs name files by their UID, and XNAT does so with a second file of one name.
+    by_uid = {uid: name for name in names for uid in re.findall(r"\d+(?:\.\d+)+", name)}
+    absent = []
+    for image in images:
+        name = by_uid.get(image.sop) or stored_name(image)
+        if left[name] < 1:
+            absent.append(image)
+        left[name] -= 1
+    # What is left over may be an absent one; and of two with one name, which one is there?
+    return absent, bool(names) and max(left.values()) < 1 and not any(
+        stored_name(image) in names for image in absent)
 
-    def _overlap(self, held: List[Scan], waiting: List[Scan]) -> bool:
-        """Whether archive and prearchive hold the same image, by UID, name or number."""
-        for uid in {scan.uid for scan in held} & {scan.uid for scan in waiting} - {""}:
-            ours = [image for each in self.series for image in each.images if image.series == uid]
-            names = [self._names([scan for scan in scans if scan.uid == uid])
-                     for scans in (held, waiting)]
-            absent = {image for each in names for image in not_among(ours, each)[0]}
-            if (set(names[0]) & set(names[1]) or len(absent) < len(ours)
-                    or ours and sum(map(len, names)) > len(ours)):
-                return True
-        return False
+
+def stored_name(image: File) -> str:
+    """The name under which XNAT stores a file (GradualDicomImporter), unless another has it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
 
 class Part(NamedTuple):
@@ -2267,25 +2236,14 @@ class Sender:
     def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
         """Post parts one after another, the next one packed meanwhile; the addresses."""
         addresses = []
-        packed: Any = None
+        packed: Any = self.packers.submit(self._pack, parts[0])
         try:
-            packed = self.packers.submit(self._pack, parts[0])
-            for number, part in enumerate(parts, 1):
-                problems = part.series.problems
-                with ExitStack() as stack:
-                    try:
-                        zipped, room = packed.result()
-                        stack.enter_context(room)
-                    except Trouble as trouble:
-                        problems.append(trouble)
-                    if number < len(parts):
-                        packed = self.packers.submit(self._pack, parts[number])
-                    try:
-                        addresses += [] if problems else [self._post(outcome, part, zipped)]
-                    except Trouble as trouble:
-                        problems.append(trouble)
-                    except OSError as error:
-                        problems.append(unreadable(str(error.filename or "the workdir"), error))
+            for part, after in itertools.zip_longest(parts, parts[1:]):
+                zipped, room = packed.result()
+                packed = after and self.packers.submit(self._pack, after)
+                with room, caught(part.series.problems):
+                    if zipped and not part.series.problems:
+                        addresses.append(self._post(outcome, part, zipped))
         finally:
             outcome.answered.set()
             if packed:  # after a stop nobody takes it: others wait for its room
@@ -2293,35 +2251,33 @@ class Sender:
         return addresses
 
     def _pack(self, part: Part) -> Tuple[str, ExitStack]:
-        """A part's zip, and what holds its place on the disk. Raises Trouble."""
+        """A part's zip, and what holds its place on the disk; '' if it cannot be made."""
         assert self.workdir, "a dry run sends nothing"
-        folder = part.series.folder
-        with ExitStack() as stack:
-            if part.series.problems:
+        series, level = part.series, self.level
+        with ExitStack() as stack, caught(series.problems):
+            if series.problems:
                 return "", stack
             stack.enter_context(self.zips)
             zipped = stack.enter_context(self.workdir.room_for(part.files))
-            part.series.began = part.series.began or time.monotonic()
-            level = self.level.choose(part.bytes)
-            try:
-                with self.level.timed("packing", str(level), part.bytes):
-                    pack(folder, part.files, zipped, level, self.xnat.programs)
-                made = os.path.getsize(zipped)
-            except OSError as error:
-                raise unreadable(str(error.filename or "the workdir"), error)
-            stack.enter_context(self.level.waits(level, part.bytes, made))
-            self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
-                                 f"{level}, {size(part.bytes)} to {size(made)}")
+            series.began = series.began or time.monotonic()
+            chosen = level.choose(part.bytes)
+            with level.timed("packing", str(chosen), part.bytes):
+                pack(series.folder, part.files, zipped, chosen, self.xnat.programs)
+            made = os.path.getsize(zipped)
+            stack.enter_context(level.waits(chosen, part.bytes, made))
+            self.xnat.teller.log(f"{series.folder}: {plural(len(part.files), 'file')} packed at "
+                                 f"level {chosen}, {size(part.bytes)} to {size(made)}")
             return zipped, stack.pop_all()
+        return "", ExitStack()
 
     def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
         """POST a part, and note it; its address. Raises Trouble."""
-        session, series = outcome.session, part.series
-        name, made = f"{session.label} {series.name}", os.path.getsize(zipped)
-        with self.slots, self.xnat.teller.at_work(name, part.files) as moved:
+        session, series, made = outcome.session, part.series, os.path.getsize(zipped)
+        with self.slots, self.xnat.teller.at_work(f"{session.label} {series.name}",
+                                                  part.files) as moved:
             with self.level.timed("posting", "", made):
                 address = self.xnat.post(session, series, len(part.files), zipped, moved)
-            self.ledger.add(session, "sent", series=series.name, first=part.files[0].name,
+            self.ledger.add("sent", session, series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
                             address=address)
             moved(1.0)
@@ -2340,6 +2296,17 @@ class Sender:
     def close(self) -> None:
         self.lanes.shutdown()
         self.packers.shutdown()
+
+
+@contextmanager
+def caught(problems: List[Trouble]) -> Iterator[None]:
+    """What goes wrong here is kept among the problems."""
+    try:
+        yield
+    except Trouble as trouble:
+        problems.append(trouble)
+    except OSError as error:
+        problems.append(unreadable(str(error.filename or "the workdir"), error))
 
 
 class Upload:
@@ -2392,12 +2359,10 @@ class Upload:
                 if session is None:
                     return
                 outcome = self.active[session.path] = Outcome(session, [])
-            try:
+            troubles: List[Trouble] = []
+            with caught(troubles):
                 self.one_session(outcome)
-            except Trouble as trouble:
-                outcome.trouble = trouble
-            except OSError as error:
-                outcome.trouble = unreadable(str(error.filename or "the system"), error)
+            outcome.trouble = outcome.trouble or next(iter(troubles), None)
             with self._lock:
                 del self.active[session.path]
                 self.whole += [session] if outcome.where in ("archived", "there") else []
@@ -2407,8 +2372,7 @@ class Upload:
     def _count_refusals(self, outcome: Outcome) -> None:
         """Raises Stop when the server refuses one session after another with the same words."""
         troubles = [each for series in outcome.series for each in series.problems]
-        refused = [each.what for each in troubles + [outcome.trouble or Trouble("", "")]
-                   if each.refused]
+        refused = [each.what for each in troubles + [outcome.trouble] if each and each.refused]
         with self._lock:
             if refused:
                 # Names and numbers differ, and how a connection breaks is chance.
@@ -2428,8 +2392,7 @@ class Upload:
         session, settings, xnat = outcome.session, self.settings, self.xnat
         outcome.series = series = list_session(session, settings)
         known = self.sender.ledger.of(session)
-        memory = Memory() if settings.again else known
-        if not settings.dry_run and self._is_known(outcome, memory):
+        if not (settings.dry_run or settings.again) and self._is_known(outcome, known):
             return
         with self.reading, self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
@@ -2440,9 +2403,10 @@ class Upload:
                             "there are none: see whether that is meant")
         addresses: List[str] = []
         if images:
-            self.contents.check_label(session, series, known)
+            waiting = self.contents.waiting(session, known.address)
+            self.contents.check_label(session, series, waiting, known)
             if not settings.again:
-                addresses = Comparison(self.contents, outcome, memory).addresses()
+                addresses = Comparison(self.contents, outcome, known).addresses(waiting)
         for each in series:
             each.there = sum(not image.missing for image in each.images)
             if each.images and each.there == len(each.images):
@@ -2461,13 +2425,15 @@ class Upload:
         outcome.where = "not archived"
         for address in addresses:
             with self.sender.slots, self.teller.at_work(f"archiving {session.label}"):
-                outcome.address = (xnat.commit(session, address) or
-                                   self.contents.look_again(session, []))
-            if not outcome.address:
+                outcome.address = xnat.commit(session, address)
+            if not outcome.address and not self.contents.archived(session, again=True):
                 raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive "
                               "does not have it", "run again to send it again")
         self._verify(outcome, images, bool(addresses))
-        self._note(outcome, known)
+        self.sender.ledger.add(
+            "ended", session, where=outcome.where, path=outcome.address, files=outcome.files,
+            whole=not outcome.failed(),
+            series=known.renewed([each for each in series if not each.problems]))
 
     def _has_read(self) -> None:
         """One file more has been read. Raises Stopping: thousands may be to come."""
@@ -2479,16 +2445,21 @@ class Upload:
         """Whether an earlier run has verified this very folder, and it is where that run saw it.
 
         By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
-        has told. Raises Trouble if somebody has deleted it there.
+        has told. Raises Trouble if somebody has deleted it there: it does not come back by itself.
         """
-        self.contents.check_deleted(outcome.session, memory)
-        waits = memory.ended != "prearchived" or self.contents.waits(outcome.session, memory.path)
-        if not (waits and memory.is_same(outcome.series)):
+        session, where = outcome.session, memory.ended
+        archived = bool(self.contents.archived(session))
+        waits = where == "prearchived" and self.contents.waits(session, memory.path)
+        if where in ("archived", "prearchived") and not (archived or waits or memory.parts):
+            raise Trouble("an earlier run saw it archived, and it is not there any more" if
+                          where == "archived" else "it was left for review, and is neither in the "
+                          "prearchive nor in the archive any more", anew(session))
+        if not memory.is_same(outcome.series) or where == "prearchived" and not waits:
             return False  # or its reviewer has archived it: count it there
         for each in outcome.series:
-            each.there = memory.series[each.name][2] if each.name in memory.series else 0
+            each.there = memory.of(each).number
             each.status = each.status or ("already there" if each.there else "no DICOM")
-        outcome.where, outcome.earlier, outcome.files = memory.ended, True, memory.files
+        outcome.where, outcome.earlier, outcome.files = where, True, memory.files
         outcome.address = memory.path
         return True
 
@@ -2504,8 +2475,6 @@ class Upload:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room(part.files) for part in self.sender.cut(series)])
 
-    # Verify and note
-
     def _verify(self, outcome: Outcome, images: List[File], sent: bool) -> None:
         """Compare the server's count of each series with ours, by Series UID; by the total where
         a script has changed the UIDs. Too few fails the series, too many is worth a word."""
@@ -2516,69 +2485,34 @@ class Upload:
         path = outcome.address = outcome.address or self.contents.path(session)
         outcome.where = "prearchived" if "/prearchive/" in path else "archived"
         outcome.earlier, outcome.files = not sent, len(images)
-        ours = Counter(image.series for image in images)
-        theirs: Counter[str] = Counter()
-        scans = self.xnat.scans(path) or []
-        if outcome.where == "prearchived" and self.contents.archived(session) is not None:
-            scans += self.xnat.scans(self.contents.path(session)) or []  # what is new waits
+        ours, theirs = Counter(image.series for image in images), Counter()  # type: Any, Any
+        scans = self.xnat.scans(path)
+        if outcome.where == "prearchived" and self.contents.archived(session):
+            scans += self.xnat.scans(self.contents.path(session))  # what is new waits
         for scan in scans:
             theirs[scan.uid] += scan.files
         if not set(ours) & set(theirs):
-            ours, theirs = Counter({"": len(images)}), Counter({"": sum(theirs.values())})
+            ours, theirs = {"": len(images)}, Counter({"": sum(theirs.values())})
         for uid, count in ours.items():
             if theirs[uid] < count:
                 outcome.files -= count - theirs[uid]
-                trouble = too_few(outcome.where, theirs[uid], count)
+                trouble = Trouble(
+                    f"{outcome.where}, but XNAT counts {theirs[uid]} files where {count} should be",
+                    "compare it in XNAT with the folder (an import filter may drop some), or run "
+                    "again to send what is missing")
+                outcome.trouble = outcome.trouble if uid else trouble
                 for each in series:
                     if any(image.series == uid for image in each.images):
                         each.problems.append(trouble)
-                outcome.trouble = outcome.trouble if uid else trouble
             elif theirs[uid] > count:
                 self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
                                 f"folder has {count}: the others come from elsewhere")
-
-    def _note(self, outcome: Outcome, memory: Memory) -> None:
-        """Write down how a session ended, so that the next run knows it by stat alone."""
-        series = memory.renewed([each for each in outcome.series if not each.problems])
-        self.sender.ledger.add(outcome.session, "ended", where=outcome.where, path=outcome.address,
-                        files=outcome.files, whole=not outcome.failed(), series=series)
-
-
-def too_few(where: str, theirs: int, ours: int) -> Trouble:
-    return Trouble(f"{where}, but XNAT counts {theirs} files where {ours} should be", "compare it "
-                   "in XNAT with the folder (an import filter may drop some), or run again to send "
-                   "what is missing")
 
 
 def rest_of(upload: Upload) -> List[Outcome]:
     """What a stop left undone: the sessions on their way, and those that it did not reach."""
     return list(upload.active.values()) + [Outcome(session, [
         Series(name, "") for name in session.series]) for session in upload.waiting]
-
-
-def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
-    """The images that are not among a scan's files by their names, and whether that is sure."""
-    left = Counter(names)
-    # Other programs name files by their UID, and XNAT does so with a second file of one name.
-    by_uid = {uid: name for name in names for uid in re.findall(r"\d+(?:\.\d+)+", name)}
-    claims: Dict[str, List[File]] = defaultdict(list)
-    for image in images:
-        if image.sop in by_uid:
-            left[by_uid[image.sop]] = 0
-        else:
-            claims[stored_name(image)].append(image)
-    absent: List[File] = []
-    sure = bool(names)
-    for name, claimed in claims.items():
-        absent += claimed[left[name]:]
-        sure = sure and left[name] in (0, len(claimed))  # else: which of them has it?
-        left[name] = 0
-    return absent, sure and not any(left.values())
-
-
-def stored_name(image: File) -> str:
-    """The name under which XNAT stores a file (GradualDicomImporter), unless another has it."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
 
 def anew(session: Session, replacing: bool = False) -> str:
@@ -3450,8 +3384,8 @@ def send_all(tree: Tree, upload: Upload) -> int:
                    "--nested if series folders hold several series each. The layout is",
                    WRONG_CALL, LAYOUT)
     teller.begin(tree, xnat)
-    if not settings.dry_run:
-        ledger.exclude(set(settings.config) | ledger.exclusions)
+    if not settings.dry_run and not ledger.exclusions.issuperset(settings.config):
+        ledger.add("exclude", names=sorted(ledger.exclusions.union(settings.config)))
     gone = sorted(ledger.from_here - tree.labels)
     if gone:
         teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent "
