@@ -1696,6 +1696,11 @@ class Xnat(Curl):
 
         Once: after an answer that was lost it looks what has become of it. Raises Trouble.
         """
+        subject = self.settled(address).get("subject", session.subject_label)
+        if subject.lower() != session.subject_label.lower():  # somebody made it meanwhile
+            raise Trouble(f"the prearchive has it under subject {subject}, here it is subject "
+                          f"{session.subject_label} ({address})", "rename the folder, or delete "
+                          "that in the prearchive, then run again")
         query = {"action": "build" if self.settings.review else "commit"}
         if self.settings.overwrite_files:
             query["overwrite_files"] = "true"
@@ -2085,6 +2090,9 @@ class Comparison:
             if ours or archived and not told:
                 for image in self.memory.sent(each):
                     image.missing = False
+            each.there = sum(not image.missing for image in each.images)
+            if each.images and each.there == len(each.images):
+                each.status = "already there"
         return found
 
     def _among(self, scans: List[Scan]) -> Set[File]:
@@ -2407,10 +2415,6 @@ class Upload:
             self.contents.check_label(session, series, waiting, known)
             if not settings.again:
                 addresses = Comparison(self.contents, outcome, known).addresses(waiting)
-        for each in series:
-            each.there = sum(not image.missing for image in each.images)
-            if each.images and each.there == len(each.images):
-                each.status = "already there"
         outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
         if settings.dry_run:
@@ -2471,6 +2475,8 @@ class Upload:
                          "to send" if any(each.missing for each in series) else
                          "to archive" if addresses and not self.settings.review else
                          "there" if outcome.files else "nothing to send")
+        if outcome.where == "there":  # by the server's own count
+            self._verify(outcome, [image for each in series for image in each.images], False)
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room(part.files) for part in self.sender.cut(series)])

@@ -134,13 +134,13 @@ def once(do: Callable[[], Any], *series: str) -> Callable[[str], bool]:
     return look
 
 
-def import_by_hand(server: Standin, *images: Path) -> None:
+def import_by_hand(server: Standin, *images: Path, subject: str = "007") -> None:
     """Another tool sends these images to session 007_pre."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as entries:
         for image in images:
             entries.write(str(image), image.name)
-    query = urlencode({"import-handler": "DICOM-zip", "PROJECT_ID": "BRAIN", "SUBJECT_ID": "007",
+    query = urlencode({"import-handler": "DICOM-zip", "PROJECT_ID": "BRAIN", "SUBJECT_ID": subject,
                        "EXPT_LABEL": "007_pre", "prevent_auto_commit": "true"})
     login = base64.b64encode(b"alice:s3cret").decode()
     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(urllib.request.Request(

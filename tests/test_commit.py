@@ -451,6 +451,15 @@ class SessionsThatGoOn(FaultTest):
             self.assertEqual(server.prearchive, [row])
             self.assertEqual(len(server.archive["BRAIN", "007_pre"].files), 4)
 
+    def test_a_row_that_another_subject_got_under_our_label_meanwhile_is_not_archived(self) -> None:
+        self.tree()
+        other = self.root / B / "IM0001.dcm"
+        with self.xnat(reject=once(lambda: import_by_hand(server, other, subject="008"),
+                                   "A_0001")) as server:
+            self.run_it(server, "--procs", "1", status=1, posts=3, commits=0,
+                        words="under subject 008, here it is subject 007 | rename the folder, or delete")
+            self.assertEqual(server.archive, {})
+
     # What a person does meanwhile.
 
     def left_for_review(self, server: Standin) -> Waiting:
