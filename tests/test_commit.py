@@ -457,7 +457,7 @@ class SessionsThatGoOn(FaultTest):
         with self.xnat(reject=once(lambda: import_by_hand(server, other, subject="008"),
                                    "A_0001")) as server:
             self.run_it(server, "--procs", "1", status=1, posts=3, commits=0,
-                        words="under subject 008, here it is subject 007 | rename the folder, or delete")
+                        words="under subject 008, here it is subject 007 | or delete that")
             self.assertEqual(server.archive, {})
 
     # What a person does meanwhile.
