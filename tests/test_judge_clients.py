@@ -16,7 +16,7 @@ from typing import Any, Dict, List
 from tests.support import load_tests as load_tests  # they mostly start up: several at a time
 from tests.support import missing, sealed_environment
 from tests.running import RunningTest
-from tests.xnat_standin import Standin
+from tests.xnat_standin import Standin, read_image
 
 ONCE = True  # the Python that it runs on makes no difference
 
@@ -44,6 +44,8 @@ with session:
     tell([session.logged_in_user, session.xnat_version,
           sorted(each.label for each in project.subjects.values()),
           {each.label: {scan.series_description: files_of(scan) for scan in each.scans.values()}
+           for each in project.experiments.values()},
+          {each.label: [each.uid, {scan.id: scan.uid for scan in each.scans.values()}]
            for each in project.experiments.values()}])
 """
 XNATPY_REVIEWS = XNATPY + """
@@ -116,6 +118,11 @@ class ClientTest(RunningTest):
                             sum(file.stat().st_size for file in path.iterdir())]
                 for path in map(self.root.joinpath, paths)}
 
+    def uids(self, *paths: str) -> List[Any]:
+        """The study's UID, and each series' by its number, as the images say."""
+        images = [read_image(next((self.root / path).iterdir()).read_bytes()) for path in paths]
+        return [images[0].study, {str(image.number): image.series for image in images}]
+
     def ask(self, script: str, server: Standin, *given: str) -> Any:
         """Run a client; what it tells."""
         out = self.start_client([self.python, "-c", script, server.url, *given])
@@ -150,7 +157,8 @@ class Looking(ClientTest):
             self.uploaded(server, A, B, C)
             self.assertEqual(self.ask(XNATPY_LOOKS, server), [
                 "alice", "1.8.11", ["007", "008"],
-                {"007_pre": self.sizes(A, B), "008_pre": self.sizes(C)}])
+                {"007_pre": self.sizes(A, B), "008_pre": self.sizes(C)},
+                {"007_pre": self.uids(A, B), "008_pre": self.uids(C)}])
 
     def test_pyxnat_sees_all_that_the_uploader_archived(self) -> None:
         with Standin() as server:

@@ -1783,7 +1783,7 @@ TYPES: Tuple[Tuple[str, str, str], ...] = (
     ("subjectAssessorData", "experimentData", "subject_ID"),
     ("imageSessionData", "subjectAssessorData", "UID scans/scan:imageScanData"),
     ("mrSessionData", "imageSessionData", ""),
-    ("imageScanData", "", "type series_description quality note"),
+    ("imageScanData", "", "UID type series_description quality note"),
     ("mrScanData", "imageScanData", ""),
     ("abstractResource", "", "label"),
     ("resource", "abstractResource", ""),
