@@ -61,7 +61,8 @@ def changed(node: ast.AST) -> Optional[str]:
 def emptied(node: ast.AST) -> Optional[str]:
     """Drop a raise, or a call whose result nobody wants."""
     for field in ("body", "orelse", "finalbody"):
-        for at, each in enumerate(getattr(node, field, None) or []):
+        block = getattr(node, field, None)
+        for at, each in enumerate(block if isinstance(block, list) else []):
             call = isinstance(each, ast.Expr) and isinstance(each.value, ast.Call)
             if isinstance(each, ast.Raise) or call:
                 getattr(node, field)[at] = ast.copy_location(ast.Pass(), each)
