@@ -1,6 +1,6 @@
 """Which lines of dicomUpload.py could be wrong without a test noticing?
 
-    python3 -m tests.mutants [HOW-MANY] [SEED]
+    python3 -m tests.mutants [HOW-MANY [SEED [SECTION...]]]
 
 changes one decision of the program at a time (a comparison, a boundary, a condition, an exit
 status, a removed call, a dropped raise) in a copy of this folder, and runs the tests that belong
@@ -9,6 +9,7 @@ what has no effect. Run by hand; it takes minutes to hours.
 """
 import ast
 import copy
+import itertools
 import os
 import random
 import re
@@ -16,8 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS: Dict[str, str] = {  # the tests of each section, those that notice most first
@@ -58,31 +60,33 @@ def changed(node: ast.AST) -> Optional[str]:
     return None
 
 
-def emptied(node: ast.AST) -> Optional[str]:
-    """Drop a raise, or a call whose result nobody wants."""
-    for field in ("body", "orelse", "finalbody"):
-        block = getattr(node, field, None)
+def droppable(node: ast.AST) -> Iterator[Tuple[str, int]]:
+    """Where in this node's blocks a raise stands, or a call whose result nobody wants."""
+    for name in ("body", "orelse", "finalbody"):
+        block = getattr(node, name, None)
         for at, each in enumerate(block if isinstance(block, list) else []):
             call = isinstance(each, ast.Expr) and isinstance(each.value, ast.Call)
             if isinstance(each, ast.Raise) or call:
-                getattr(node, field)[at] = ast.copy_location(ast.Pass(), each)
-                return f"line {each.lineno} is left out"
-    return None
+                yield name, at
 
 
 def mutants(source: str, seed: int) -> Iterator[Mutant]:
-    """Mutants of the program without end, drawn by `seed` over all its functions."""
-    chance = random.Random(seed)
-    whole = ast.parse(source)
-    places = [at for at, node in enumerate(ast.walk(whole)) if isinstance(node, ast.FunctionDef)]
-    while True:
-        tree = copy.deepcopy(whole)
-        function = list(ast.walk(tree))[chance.choice(places)]
-        nodes = [node for node in ast.walk(function) if hasattr(node, "lineno")]
-        node = chance.choice(nodes)
-        what = (emptied if chance.random() < 0.3 else changed)(node)
-        if what:
-            yield Mutant(getattr(node, "lineno", 0), what, ast.fix_missing_locations(tree))
+    """All mutants of the program, in an order drawn by `seed`."""
+    places: List[Tuple[int, str, int]] = []  # a node; of what to drop, the block and the place
+    for number, node in enumerate(ast.walk(ast.parse(source))):
+        places += [(number, *drop) for drop in droppable(node)]
+        places += [(number, "", 0)] * bool(changed(copy.deepcopy(node)))
+    random.Random(seed).shuffle(places)
+    for number, block, at in places:
+        tree = ast.parse(source)
+        node = next(itertools.islice(ast.walk(tree), number, None))
+        if block:
+            dropped = getattr(node, block)[at]
+            getattr(node, block)[at] = ast.copy_location(ast.Pass(), dropped)
+            line, what = dropped.lineno, "is left out"
+        else:
+            line, what = getattr(node, "lineno", 0), changed(node) or ""
+        yield Mutant(line, what, ast.fix_missing_locations(tree))
 
 
 def section_of(source: str, line: int) -> str:
@@ -110,21 +114,36 @@ def survives(folder: Path, mutant: Mutant, modules: List[str]) -> bool:
 
 
 def main() -> int:
-    """Draw, try, tell; 1 if any survived."""
-    many, seed = (int(each) for each in (sys.argv[1:] + ["150", "1"][len(sys.argv) - 1:])[:2])
+    """Draw, try two at a time, tell; 1 if any survived."""
+    many, seed = (int(each) for each in (sys.argv[1:3] + ["150", "1"][len(sys.argv[1:3]):]))
+    wanted = sys.argv[3:]  # sections
     source = (ROOT / "dicomUpload.py").read_text(encoding="utf-8")
-    alive = 0
-    with tempfile.TemporaryDirectory(prefix="dicomUpload-mutants-") as name:
-        folder = Path(name) / "copy"
+    lines = source.splitlines()
+    drawn = itertools.islice((each for each in mutants(source, seed) if not wanted or
+                              section_of(source, each.line) in wanted), many)
+    lock, alive = threading.Lock(), []
+
+    def work(folder: Path) -> None:
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "work", "__pycache__"))
-        for number, mutant in zip(range(1, many + 1), mutants(source, seed)):
+        while True:
+            with lock:
+                mutant = next(drawn, None)
+            if mutant is None:
+                return
             section = section_of(source, mutant.line)
             lives = survives(folder, mutant, SECTIONS[section].split())
-            alive += lives
-            print(f"{number} {'SURVIVES' if lives else 'caught  '} {section} line {mutant.line}: "
-                  f"{mutant.what}: {source.splitlines()[mutant.line - 1].strip()}", flush=True)
-    print(f"{many - alive} of {many} caught, {alive} survived")
-    return int(alive > 0)
+            alive.extend([mutant] * lives)
+            print(f"{'SURVIVES' if lives else 'caught  '} {section} line {mutant.line}: "
+                  f"{mutant.what}: {lines[mutant.line - 1].strip()}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="dicomUpload-mutants-") as name:
+        workers = [threading.Thread(target=work, args=(Path(name, str(at)),)) for at in range(2)]
+        for each in workers:
+            each.start()
+        for each in workers:
+            each.join()
+    print(f"{many - len(alive)} of {many} caught, {len(alive)} survived")
+    return int(bool(alive))
 
 
 if __name__ == "__main__":
