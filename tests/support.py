@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
+from tests.forked import Forked, fits
 from tests.xnat_standin import Standin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,13 +148,15 @@ class UploadTest(unittest.TestCase):
                 str(root or self.root), "--workdir", str(self.work), *options]
 
     def start(self, arguments: List[str], environment: Optional[Dict[str, str]] = None,
-              **more: Any) -> "subprocess.Popen[str]":
-        """Start the command and let it run; the test ends it."""
+              afresh: bool = False, **more: Any) -> "subprocess.Popen[str]":
+        """Start the command and let it run; the test ends it. A run that /proc must show as a
+        user's is started `afresh`."""
         given: Dict[str, Any] = {
             "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
             "cwd": str(self.folder), "env": sealed_environment(self.home, **(environment or {})),
             "universal_newlines": True, "errors": "surrogateescape", **more}
-        process = subprocess.Popen(arguments, **given)
+        quick = not afresh and fits(arguments, environment or {}, more)
+        process = (Forked if quick else subprocess.Popen)(arguments, **given)
 
         def end() -> None:
             if process.poll() is None:
