@@ -107,7 +107,7 @@ def serve(control: socket.socket) -> int:
     sys.path.insert(0, str(SCRIPT.parent))
     import dicomUpload
     gc.freeze()  # so that the runs share its memory
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is meant for the tests, and for a run
     while True:
         asked, rights, _, _ = control.recvmsg(LONGEST, socket.CMSG_SPACE(4 * 4))
         if not asked:
@@ -118,7 +118,7 @@ def serve(control: socket.socket) -> int:
             if run == 0:
                 control.close()
                 os.close(line)
-                signal.signal(signal.SIGINT, on_interrupt)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 take_over(streams, **json.loads(asked))
                 return dicomUpload.main()
             watch(run, streams, socket.socket(fileno=line))
