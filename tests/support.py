@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
+from tests.forked import Forked, fits
 from tests.xnat_standin import Standin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,13 +148,15 @@ class UploadTest(unittest.TestCase):
                 str(root or self.root), "--workdir", str(self.work), *options]
 
     def start(self, arguments: List[str], environment: Optional[Dict[str, str]] = None,
-              **more: Any) -> "subprocess.Popen[str]":
-        """Start the command and let it run; the test ends it."""
+              afresh: bool = False, **more: Any) -> "subprocess.Popen[str]":
+        """Start the command and let it run; the test ends it. A run that /proc must show as a
+        user's is started `afresh`."""
         given: Dict[str, Any] = {
             "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
             "cwd": str(self.folder), "env": sealed_environment(self.home, **(environment or {})),
             "universal_newlines": True, "errors": "surrogateescape", **more}
-        process = subprocess.Popen(arguments, **given)
+        quick = not afresh and fits(arguments, environment or {}, more)
+        process = (Forked if quick else subprocess.Popen)(arguments, **given)
 
         def end() -> None:
             if process.poll() is None:
@@ -206,6 +209,7 @@ class Kept:
     """A test result that keeps what it is told, to tell it to the real one later."""
 
     failfast = False
+    shouldStop = False
 
     def __init__(self) -> None:
         self.told: List[Tuple[str, Tuple[Any, ...]]] = []
@@ -230,7 +234,7 @@ class SideBySide(unittest.TestSuite):
         with ThreadPoolExecutor(WIDTH) as pool:
             jobs = {}
             for number in sorted(range(len(tests)), key=lambda number: not is_slow(tests[number])):
-                jobs[number] = pool.submit(tests[number].run, kept[number])  # type: ignore
+                jobs[number] = pool.submit(tests[number].run, kept[number])
             for number in range(len(tests)):
                 if result.shouldStop:
                     jobs[number].cancel()
@@ -240,10 +244,14 @@ class SideBySide(unittest.TestSuite):
         return result
 
 
-def leaves(suite: Iterable[Any]) -> Iterator[unittest.TestCase]:
-    """The tests in a suite of suites."""
+class OneByOne(unittest.TestSuite):
+    """A module whose tests are not for each other's company: beside others it goes as one test."""
+
+
+def leaves(suite: Iterable[Any]) -> Iterator[Any]:
+    """What goes side by side in a suite of suites: its tests, and whole modules."""
     for each in suite:
-        if isinstance(each, unittest.TestSuite):
+        if isinstance(each, unittest.TestSuite) and not isinstance(each, OneByOne):
             yield from leaves(each)
         else:
             yield each
@@ -255,8 +263,9 @@ def slow(test: Any) -> Any:
     return test
 
 
-def is_slow(test: unittest.TestCase) -> bool:
-    return hasattr(getattr(test, test.id().rpartition(".")[2], None), "slow")
+def is_slow(test: Any) -> bool:
+    return isinstance(test, OneByOne) or hasattr(
+        getattr(test, test.id().rpartition(".")[2], None), "slow")
 
 
 def load_tests(_: Any, tests: unittest.TestSuite, __: Any) -> unittest.TestSuite:
@@ -265,11 +274,15 @@ def load_tests(_: Any, tests: unittest.TestSuite, __: Any) -> unittest.TestSuite
 
 
 def load_all(loader: unittest.TestLoader) -> unittest.TestSuite:
-    """All modules; those that may go side by side in one crowd, so that no core waits."""
-    crowd, others = [], []
+    """All modules in one crowd, so that no core waits; last those that want to be ALONE."""
+    crowd, last = [], []
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         tests = loader.loadTestsFromName(f"tests.{path.stem}")
-        if ELSEWHERE and getattr(sys.modules.get(f"tests.{path.stem}"), "ONCE", False):
+        module = sys.modules.get(f"tests.{path.stem}")
+        if ELSEWHERE and getattr(module, "ONCE", False):
             continue
-        (crowd if isinstance(tests, SideBySide) else others).append(tests)
-    return unittest.TestSuite([SideBySide(crowd), *others])
+        if getattr(module, "ALONE", False):
+            last.append(tests)
+        else:
+            crowd.append(tests if isinstance(tests, SideBySide) else OneByOne([tests]))
+    return unittest.TestSuite([SideBySide(crowd), *last])

@@ -29,6 +29,7 @@ from tests.xnat_standin import Standin
 
 ONCE = True  # the Python that it runs on makes no difference
 
+BUILDING = threading.Lock()  # the image, which one test builds for all
 IMAGE = "aacazxnat/dicomupload:0.1"
 CALLER = 4242  # somebody whom the system does not know, and who may nothing
 IMPORT = "POST /data/services/import"
@@ -71,7 +72,8 @@ class Containers(UploadTest):
             need(self, tool)
         if os.geteuid() != 0:
             missing(self, "only root can make the base and start containers here")
-        self.variables = built()
+        with BUILDING:
+            self.variables = built()
         self.assertIsInstance(self.variables, dict, self.variables)
         self.folder.chmod(0o755)
         self.bin = self.folder / "bin"

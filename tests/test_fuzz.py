@@ -32,6 +32,7 @@ from tests.dicom import dicom_file, dicomdir_file, uid, write_series
 from tests.support import WHOLE, Ran, UploadTest, alone
 from tests.xnat_standin import Fault, Standin
 
+ALONE = True  # it runs main() here, with our arguments, streams and signals
 LONG = 3 if WHOLE else 1
 SECONDS = {"trees": 1.5 * LONG, "configs": 0.5 * LONG, "answers": 1.5 * LONG}
 GOOD = "0/s/G_0001"  # each tree has this series: it is never one without any

@@ -415,7 +415,7 @@ class Secrets(UploadTest):
         watcher = threading.Thread(target=self.sample, args=(over, seen))
         watcher.start()
         try:
-            ran = self.run_command(arguments, environment)
+            ran = self.run_command(arguments, environment, afresh=True)
         finally:
             over.set()
             watcher.join()
