@@ -15,8 +15,8 @@ examples:
 
 exit status:
   0         all is there (or left out on purpose)
-  1         some series or sessions failed, or are gone here; after a dry run also:
-            some of it is missing on the server
+  1         some series or sessions failed, or are gone here; after a dry run
+            also: some of it is missing on the server
   2         wrong options, ROOTDIR or config, nothing sent
   3         could not start or had to stop (no zip, no curl, server unreachable,
             login refused, no right to the project, workdir in use or full, the
@@ -2618,9 +2618,10 @@ COLOURS = {  # on a terminal, of what stands at the beginning of a line or after
 
 
 class Screen:
-    """How a line gets out: to standard output or error, and all of it to the log; rows to the
-    report. On a terminal one line moves below all others."""
+    """How lines get out: to standard output or error, and all of them to the log; rows to the
+    report. Below all others one line moves on a terminal, and shows how far the run is."""
 
+    HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
     settings: Settings  # from open() on
 
     def __init__(self) -> None:
@@ -2629,12 +2630,16 @@ class Screen:
         self.quiet = self.verbose = False
         self.stopped: Optional[Stop] = None  # by a signal, or for want of a log
         self.report_path = ""
-        self.order: List[Session] = []  # whose rows are still to come, the next one last
-        self.heard = time.monotonic()  # the last line
         self._coloured = sys.stdout.isatty() and clever and not os.environ.get("NO_COLOR")
         self._moving = ""  # what stands in the moving line
+        self._heard = time.monotonic()  # the last line
         self._files: Dict[str, int] = {}  # log and report
+        self._order: List[Session] = []  # whose rows are still to come, the next one last
         self._early: Dict[Session, str] = {}  # rows of sessions that have overtaken others
+        self._counts: Counter[str] = Counter()  # of sessions, files and bytes so far
+        self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
+        self._total = 0  # sessions
+        self._began = 0.0  # when the walk was over
         self._lock = threading.RLock()
 
     def open(self, settings: Settings) -> None:
@@ -2672,8 +2677,8 @@ class Screen:
         with self._lock:
             self._write("log", f"{now()} {printable(text)}\n")
             if stream:
-                self.move("")
-                self.heard = time.monotonic()
+                self._move("")
+                self._heard = time.monotonic()
                 text = before + printable(text)
                 if stream.isatty() and "python3 " not in text:  # a command is there to be copied
                     text = "\n".join(wrapped(text, terminal_width(stream)))
@@ -2682,11 +2687,12 @@ class Screen:
                         text = re.sub(rf"(?m)(^|  )({words})\b", f"\\1\033[{code}m\\2\033[0m", text)
                 put(stream, text + "\n")
 
-    def move(self, text: str) -> None:
+    def _move(self, text: str) -> None:
         """Put this in place of what the moving line shows."""
         if self._moving != text:
             self._moving = text
-            put(sys.stderr, "\r\033[K" + fitting(text, min(80, terminal_width(sys.stderr)) - 1))
+            columns = min(80, terminal_width(sys.stderr)) - 1
+            put(sys.stderr, "\r\033[K" + wrapped(printable(text), columns)[0])
 
     def _write(self, kind: str, text: str) -> None:
         raw = text.encode("utf-8", "backslashreplace")
@@ -2703,28 +2709,10 @@ class Screen:
         rows = (row_of(outcome, series, self.settings.url) for series in outcome.series)
         self._early[outcome.session] = "".join(csv_line(row.values()) for row in rows)
         if len(self._early) > 999:  # memory has its bounds
-            self.order.clear()
-        while self._early and (not self.order or self.order[-1] in self._early):
-            self._write("csv", self._early.pop(self.order.pop() if self.order else
+            self._order.clear()
+        while self._early and (not self._order or self._order[-1] in self._early):
+            self._write("csv", self._early.pop(self._order.pop() if self._order else
                                                next(iter(self._early))))
-
-
-class Teller(Screen):
-    """What a run tells: how far it is, how each session ended, and the end."""
-
-    HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failures: Dict[str, List[Tuple[str, Trouble]]] = defaultdict(list)  # by heading
-        self._ends: Counter[str] = Counter()  # of sessions
-        self._statuses: Counter[str] = Counter()  # of series
-        self._kinds: Counter[str] = Counter()  # of files that were not sent
-        self._counts: Counter[str] = Counter()  # of sessions, files and bytes so far
-        self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
-        self._total = 0  # sessions
-        self._began = self._drawn = 0.0  # when the first session began; the last moving line
-        self._widths = (0, 0)  # of labels and of series names
 
     # How far it is
 
@@ -2761,14 +2749,15 @@ class Teller(Screen):
             self._counts.update({"planned": planned, "looked": 1})
 
     def progress(self) -> None:
-        """On a terminal the one moving line, ten times a second at most; elsewhere a line now and
-        then."""
+        """On a terminal the moving line, ten times a second at most; elsewhere a line a minute."""
         with self._lock:
-            if self.moves and not self.quiet and time.monotonic() > self._drawn + 0.1:
-                self._drawn = time.monotonic()
-                self.move(self._standing())
-            elif not (self.moves or self.quiet) and time.monotonic() > self.heard + self.HEARTBEAT:
-                self.say(f"still at work: {self._standing()}")
+            pause = 0.1 if self.moves else self.HEARTBEAT
+            if not self.quiet and time.monotonic() > self._heard + pause:
+                self._heard = time.monotonic()
+                if self.moves:
+                    self._move(self._standing())
+                else:
+                    self.say(f"still at work: {self._standing()}")
 
     def _standing(self) -> str:
         """How far it is, how fast, about how long it will take, and what is going on."""
@@ -2785,12 +2774,22 @@ class Teller(Screen):
         words += [f"about {duration(left / rate)} left"] if 0 < sent < 99 * left else []
         return f"[{'  '.join(words)}]  " + "".join([name for name, _ in self._at_work.values()][:1])
 
-    # What becomes of the sessions
+
+class Teller(Screen):
+    """What a run tells: what is about to happen, how each session ended, and the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: Dict[str, List[Tuple[str, Trouble]]] = defaultdict(list)  # by heading
+        self._ends: Counter[str] = Counter()  # of sessions
+        self._statuses: Counter[str] = Counter()  # of series
+        self._kinds: Counter[str] = Counter()  # of files that were not sent
+        self._widths = (0, 0)  # of labels and of series' names
 
     def begin(self, tree: Tree, xnat: Xnat) -> None:
         """What is about to happen, in a few lines."""
         self._total, self._began = len(tree.sessions), time.monotonic()
-        self.order, left_out = tree.sessions[::-1], xnat.settings.left_out
+        self._order, left_out = tree.sessions[::-1], xnat.settings.left_out
         self._widths = (max((len(each.label) for each in tree.sessions), default=0),
                         min(40, max((len(name) for _, name in tree.pairs()), default=0)))
         out = Counter(left_out(name) for _, name in tree.pairs())
@@ -2859,16 +2858,15 @@ class Teller(Screen):
         for trouble in found:
             self.fail(f"{outcome.session.label} {series.name}", trouble)
         for kind, names in (("damaged", series.damaged), ("packed", series.packed),
-                            ("copy", series.copies), ("not DICOM", series.not_dicom),
+                            ("copies", series.copies), ("not DICOM", series.not_dicom),
                             ("no data", series.no_data)):
             self._kinds[kind] += len(names)
             for name in names:
                 self._tell(f"{kind}: {outcome.session.path}/{series.name}/{name}", None)
         if dry or need or self.verbose:
-            name = printable(series.name)
-            name += " " * (self._widths[1] - width_of(name))
-            self.line("  ".join([f"{outcome.session.label:<{self._widths[0]}}", name,
-                                 f"{series.status:<13}", said_of(series)]).rstrip(), need)
+            widths, name = self._widths, printable(series.name)
+            self.line(f"{outcome.session.label:<{widths[0]}}  {name:<{widths[1]}}  "
+                      f"{series.status:<13}  {said_of(series)}".rstrip(), need)
 
     # The end
 
@@ -2882,11 +2880,12 @@ class Teller(Screen):
                 each.status = each.status or "not sent"
             self.report(outcome)
             rest.append(outcome.session.label)
-            halves += rest[-1:] if outcome.address and outcome.where == "failed" else []
+            if outcome.address and outcome.where == "failed":
+                halves.append(outcome.session.label)
         self._ends["not finished"] = len(rest)
         self._tell_failures()
         line(important=False)
-        self._tell_counts(upload)
+        self._tell_counts()
         if self.settings.dry_run:
             self._tell_room(upload)
         if rest:
@@ -2927,23 +2926,19 @@ class Teller(Screen):
                               f"{some([each for each, _ in more], 3)}")
                 self.line(f"      {trouble.to_do}")
 
-    def _tell_counts(self, upload: Upload) -> None:
+    def _tell_counts(self) -> None:
         """How many of everything."""
         for noun, nouns, counts in (("session", "sessions", self._ends),
-                                    ("series", "series", self._statuses)):
+                                    ("series", "series", self._statuses),
+                                    ("file not sent", "files not sent", self._kinds)):
             parts = ", ".join(f"{count:,} {ENDS.get(word, word)}"
                               for word, count in counts.most_common() if count)
-            self.line(f"{plural(sum(counts.values()), noun, nouns)}: {parts or 'none'}.")
-        parts = ", ".join(f"{count:,} {word}" for word, count in self._kinds.most_common() if count)
-        if parts:
-            named = " (named in the log)" * bool(self.report_path)
-            self.line(f"Files not sent: {parts}{named}.")
+            if parts:
+                self.line(f"{plural(sum(counts.values()), noun, nouns)}: {parts}.")
         if self._counts["files"]:
             seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
-            levels = [level for level, _ in upload.sender.level.used.most_common(2)]
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
-                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), "
-                      f"{'mostly ' if levels[1:] else ''}zipped at level {levels[0]}.")
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s).")
 
     def _tell_room(self, upload: Upload) -> None:
         """What a dry run says of the workdir's disk."""
@@ -2974,15 +2969,15 @@ def end_of(outcome: Outcome) -> str:
 
 def said_of(series: Series) -> str:
     """What a line says of a series behind its status."""
-    words, others = [each.what for each in troubles(series)], series.there - series.sent
-    words.append(series.message)
+    words = [each.what for each in troubles(series)] + [series.message]
     if series.status == "sent":
         words += [f"{plural(series.sent, 'file')}, {size(series.bytes)}", f"{series.seconds:.1f} s"]
     elif series.status == "would send":
         total = sum(image.bytes for image in series.missing)
         words.append(f"{plural(len(series.missing), 'file')}, {size(total)}")
-    if others:
-        words.append(plural(others, "file") + " already there" * (series.status != "already there"))
+    if series.there > series.sent:
+        there = plural(series.there - series.sent, "file")
+        words.append(there + " already there" * (series.status != "already there"))
     if series.copies and series.status != "copy":
         words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies)}")
     if series.not_dicom and series.images:
@@ -3115,14 +3110,6 @@ def width_of(text: str) -> int:
                if not unicodedata.combining(each))
 
 
-def fitting(text: str, columns: int) -> str:
-    """As much of `text` as fits."""
-    text = printable(text)
-    while width_of(text) > columns:
-        text = text[:-1]
-    return text
-
-
 def wrapped(text: str, columns: int) -> List[str]:
     """`text` in lines that fit, broken between words where it can be, with the rest indented."""
     lines, indent = [""], " " * (len(text) - len(text.lstrip()) + 4)
@@ -3163,7 +3150,7 @@ def read_options(argv: List[str]) -> Settings:
     """The command line as Settings. Raises Stop(2) if it is wrong."""
     parser = Parser(
         prog="dicomUpload.py", usage="dicomUpload.py [options] URL USER PASS PROJECT ROOTDIR",
-        description=ABOUT, epilog=f"{EXAMPLES}\n\n{STATUSES}", allow_abbrev=False, add_help=False,
+        description=ABOUT, epilog=f"{EXAMPLES}\n\n{STATUSES}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for each in fields(Settings):
         if each.name in GROUPS:
@@ -3171,10 +3158,7 @@ def read_options(argv: List[str]) -> Settings:
         if each.metadata:
             more = dict(each.metadata)
             group.add_argument(*more.pop("flags") or [each.name], **more)
-    group = parser.add_argument_group("about")
-    group.add_argument("-h", "--help", action="help", help="show this and exit")
-    group.add_argument("--version", action="version", version=f"dicomUpload {VERSION}",
-                       help="show it and exit")
+    parser.add_argument("--version", action="version", version=f"dicomUpload {VERSION}")
     given = parser.parse_args(argv)
     check(given)
     given.url = check_url(given.url)
@@ -3316,7 +3300,7 @@ def find_password(settings: Settings, teller: Teller) -> Settings:
 def netrc_password(url: str, user: str) -> str:
     """What ~/.netrc has for this user on this machine, if it has it. Python's own reader knows
     one login of a machine only, and before 3.11 no letters beyond ASCII."""
-    host, entry = urlsplit(url).hostname, {"machine": ""}
+    host, entry = str(urlsplit(url).hostname), {"machine": ""}
     try:
         with open(os.path.expanduser("~/.netrc"), encoding="utf-8") as file:
             private, text = not os.fstat(file.fileno()).st_mode & 0o077, file.read()
@@ -3325,15 +3309,15 @@ def netrc_password(url: str, user: str) -> str:
     except (OSError, ValueError) as error:
         refuse("~/.netrc", f"cannot be used ({error}): fix it, or set XNAT_PASS")
     text = re.sub(r"(?ms)^\s*(#.*?$|macdef .*?(\n\n|\Z))", "", text)
-    words = iter(re.findall(r'"((?:\\.|[^"\\])*)"|(\S+)', text))
-    for _, key in words:
-        if key in ("machine", "default"):
-            entry = {"machine": host or ""}  # a default is for any
-        if key in ("machine", "login", "account", "password"):
-            quoted, plain = next(words, ("", ""))
-            entry[key] = plain or re.sub(r"\\(.)", r"\1", quoted)
-        elif key != "default":
-            refuse("~/.netrc", "has a word where machine, login or password belongs: fix it, or "
+    words = iter([plain or re.sub(r"\\(.)", r"\1", quoted) for quoted, plain in re.findall(
+        r'"((?:\\.|[^"\\])*)"|(\S+)', text)])
+    for word in words:
+        if word in ("machine", "default"):
+            entry = {"machine": next(words, "") if word == "machine" else host}
+        elif word in ("login", "account", "password"):
+            entry[word] = next(words, "")
+        else:
+            refuse("~/.netrc", "a word stands where machine, login or password belongs: fix it, or "
                    "set XNAT_PASS")
         if (entry["machine"], entry.get("login")) == (host, user) and "password" in entry:
             if not private:

@@ -850,7 +850,8 @@ class Password(Refusals):
                  if path.is_file()]
         self.assertGreater(len(files), 10)
         text += "".join(path.read_text(encoding="utf-8") for path in files)
-        for secret in (password, "hunter2", base64.b64encode(f"alice:{password}".encode()).decode()):
+        pair = base64.b64encode(f"alice:{password}".encode()).decode()
+        for secret in (password, "hunter2", pair):
             self.assertNotIn(secret, text)
 
     def test_one_that_begins_with_a_dash_is_not_repeated(self) -> None:
