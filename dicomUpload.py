@@ -3411,7 +3411,8 @@ def find_gone(tree: Tree, ledger: Ledger, settings: Settings, teller: Teller) ->
     """Tell of sessions that earlier runs sent from here and whose folders are gone; --again says
     that it is meant so. Raises Stop(2) for a pattern of --only that no folder has, nor had."""
     gone = [session for label, session in sorted(ledger.from_here.items())
-            if label not in tree.labels and settings.chooses(session.subject, session.name)]
+            if not {label, session.subject_label} & tree.labels  # else it cannot be read
+            and settings.chooses(session.subject, session.name)]
     known = {each for session in gone for each in settings.matching(session.subject, session.name)}
     for pattern in sorted(tree.idle - known):
         refuse(f"--only {pattern}", "no folder of ROOTDIR is called so: give subject or "

@@ -6,6 +6,7 @@ import unittest
 from typing import Callable, List
 
 from tests.faults import COMMIT, HELD, IMPORT, THERE, FaultTest
+from tests.support import drop_root_rights
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -189,6 +190,17 @@ class WhatIsGone(LedgerTest):
             (self.folder / "008").rename(self.root / "008")
             self.stays_so(server)
             self.assert_whole(server)
+
+    def test_what_cannot_be_read_is_not_gone(self) -> None:
+        self.tree(*self.PATHS)
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=3)
+            self.addCleanup((self.root / "008").chmod, 0o700)
+            (self.root / "008").chmod(0)
+            ran = self.upload(server, preexec=drop_root_rights)
+        if ran.status:  # permission bits do not hold everywhere
+            self.assertIn("008: the folder cannot be read", ran.out)
+        self.assertNotIn("Gone", ran.out)
 
     def test_a_series_without_images_is_told_until_its_folder_or_again_settles_it(self) -> None:
         self.tree(*self.PATHS)

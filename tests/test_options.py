@@ -778,6 +778,14 @@ class Password(Refusals):
                     ("several lines", "machine 127.0.0.1\n  login alice\n  password s3cret\n"),
                     ("beside another machine", "machine other login alice password wrong\n"
                      "machine 127.0.0.1 login alice password s3cret\n"),
+                    ("in quotes", 'machine 127.0.0.1 login alice password "s3cret"\n'),
+                    ("the password first", "machine 127.0.0.1 password s3cret login alice\n"),
+                    ("of any machine", "default login alice password s3cret\n"),
+                    ("letters of all kinds", "machine other login \u00e4 password \u6d88\n"
+                     "machine 127.0.0.1 login alice password s3cret\n"),
+                    ("after a comment and a macro", "#machine 127.0.0.1 login alice password x\n"
+                     "macdef init\nmachine 127.0.0.1 login alice password x\n\n"
+                     "machine 127.0.0.1 login alice account a password s3cret\n"),
                     ("before somebody else", "machine 127.0.0.1 login alice password s3cret\n"
                      "machine 127.0.0.1 login bob password b0b\n"),
                     ("after somebody else", "machine 127.0.0.1 login bob password b0b\n"
