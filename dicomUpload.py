@@ -144,8 +144,8 @@ class Settings:
     config: Tuple[str, ...] = option(
         "--config FILE", 'JSON, {"Exclude": ["AAHEAD"]}: leave out series whose folder name '
         "contains one of these, in any case")
-    only: List[str] = option("--only PATTERN", "glob on subject or subject/session: send only "
-                             "these (repeatable)", [], action="append")
+    only: List[str] = option("--only PATTERN", "glob on subject or subject/session, or a "
+                             "session's label: send only these (repeatable)", [], action="append")
     shard: Tuple[int, int] = option("--shard K/N", "of N machines that share the tree this is "
                                     "number K: whole subjects, always the same", "1/1")
     nested: bool = switch("--nested", "series folders hold several series each, as is meant")
@@ -702,8 +702,9 @@ def heads_in(path: str) -> Iterator[bytes]:
 # Before the first session: a level too high, and files beside the folders
 
 
-def looks_too_high(tree: Tree, settings: Settings) -> str:
-    """A series folder whose subfolders hold different series, if that is so in most of a sample."""
+def check_level(tree: Tree, settings: Settings) -> None:
+    """Raises Stop(2) if the subfolders of series folders hold different series, in most of a
+    sample: ROOTDIR is one level too high."""
     deep, flat = [], 0
     for path in (f"{session.path}/{name}" for session in tree.sample
                  for name in session.series[:SAMPLE]):
@@ -715,7 +716,11 @@ def looks_too_high(tree: Tree, settings: Settings) -> str:
                     uids.add(first_series(os.path.join(folder, below)))
         deep += [folder] if len(uids - {""}) > 1 else []
         flat += len(uids - {""}) < 2
-    return deep[0] if len(deep) > flat else ""
+    if len(deep) > flat:
+        raise Stop(f"ROOTDIR {settings.rootdir}: it looks one level too high (different series in "
+                   f"the folders of {deep[0]}): give the folder that holds the subjects, or add "
+                   "--nested if series folders hold several series each. The layout is",
+                   WRONG_CALL, LAYOUT)
 
 
 def first_series(folder: str) -> str:
@@ -3366,7 +3371,8 @@ def run(settings: Settings, teller: Teller) -> int:
             xnat.meet()
             contents = Contents(xnat, tree.sessions)
             ledger = stack.enter_context(closing(Ledger(settings, xnat.project)))
-            check_tree(tree, settings)
+            if not settings.nested:
+                check_level(tree, settings)
             check_exclusions(tree, ledger, settings)
             find_gone(tree, ledger, settings, teller)
             teller.begin(tree, xnat)
@@ -3381,19 +3387,9 @@ def run(settings: Settings, teller: Teller) -> int:
                 xnat.close()
 
 
-def check_tree(tree: Tree, settings: Settings) -> None:
-    """Raises Stop(2) if ROOTDIR looks one level too high."""
-    deep = "" if settings.nested else looks_too_high(tree, settings)
-    if deep:
-        raise Stop(f"ROOTDIR {settings.rootdir}: it looks one level too high (different series in "
-                   f"the folders of {deep}): give the folder that holds the subjects, or add "
-                   "--nested if series folders hold several series each. The layout is",
-                   WRONG_CALL, LAYOUT)
-
-
 def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
     """Raises Stop(2) if series would be sent that earlier runs left out: was --config forgotten?
-    --again says that it is meant so."""
+    --again says that it is meant so; either is remembered."""
     earlier = replace(settings, config=tuple(sorted(ledger.exclusions)))
     found = [(session, name) for session, name in tree.pairs()
              if earlier.left_out(name) and not settings.left_out(name)]
@@ -3439,7 +3435,9 @@ def send_all(upload: Upload, teller: Teller) -> int:
         stop = end
         teller.say(str(end))
     whole = teller.summary(upload, stop)
-    return getattr(stop, "status", STOPPED) if stop else ALL_THERE if whole else SOME_FAILED
+    if stop:
+        return int(getattr(stop, "status", STOPPED))
+    return ALL_THERE if whole else SOME_FAILED
 
 
 def stop_on_signals(teller: Teller) -> None:

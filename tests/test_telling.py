@@ -318,6 +318,16 @@ class Summary(Messy):
         self.assertNotEqual(ran.status, 0)
         self.assertRegex(ran.out, r"\nRun the same command again to finish: python3 .*\n$")
 
+    def test_what_must_be_fixed_is_counted_and_what_heals_is_not(self) -> None:
+        self.many(1)
+        write_series(self.root / "S001/pre/T1", study=uid("p"))
+        with self.xnat() as server:
+            server.fail("status", IMPORT, status=503, times=None)
+            ran = self.upload(server, "--retries", "0")
+        self.assertEqual(ran.status, 3, ran.text)
+        self.assertRegex(ran.out, r"\nFailed \(1\):\n  S000_pre T1: IM0.dcm is a link to nothing\n")
+        self.assertRegex(ran.out, r"\nFirst fix the 1 above, then run the same command again to ")
+
     def test_after_a_stop_the_failures_come_first_and_one_line_for_the_rest(self) -> None:
         self.many(1)
         for number in range(1, 40):
