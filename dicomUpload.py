@@ -2910,7 +2910,8 @@ class Teller(Screen):
         elif self.settings.dry_run:
             line(f"Nothing was sent. To send: {command}")
         elif not isinstance(stop, Misplaced):
-            line((f"First fix the {fix:,} above, then run" if fix else "Run") +
+            of_these = "" if fix == len(to_do) else f"{fix:,} of "
+            line((f"First fix {of_these}the {len(to_do):,} above, then run" if fix else "Run") +
                  f" the same command again to finish: {command}")
         return whole
 
@@ -2992,9 +2993,9 @@ def said_of(series: Series) -> str:
 
 def row_of(outcome: Outcome, series: Series, url: str = "") -> Dict[str, Any]:
     """A series in the report."""
-    session = outcome.session
-    message = ("; ".join(map(str, troubles(series))) or series.message or
-               str(outcome.trouble or ENDS.get(outcome.where, outcome.where)))
+    session, message = outcome.session, "; ".join(map(str, troubles(series))) or series.message
+    if not message and outcome.where not in ("archived", "there"):
+        message = str(outcome.trouble or ENDS.get(outcome.where, outcome.where))
     return {
         "subject": session.subject, "session": session.name, "series": series.name,
         "label": session.label, "status": series.status, "files": series.there,
