@@ -15,7 +15,8 @@ examples:
 
 exit status:
   0         all is there (or left out on purpose)
-  1         some series or sessions failed
+  1         some series or sessions failed, or are gone here; after a dry run
+            also: some of it is missing on the server
   2         wrong options, ROOTDIR or config, nothing sent
   3         could not start or had to stop (no zip, no curl, server unreachable,
             login refused, no right to the project, workdir in use or full, the
@@ -55,7 +56,6 @@ import io
 import itertools
 import json
 import lzma
-import netrc
 import os
 import random
 import re
@@ -79,7 +79,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
                     Sequence, Set, TextIO, Tuple, Union)
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 VERSION = "2.0"
 ABOUT, LAYOUT, EXAMPLES, STATUSES, _ = (__doc__ or "\n\n" * 4).split("\n\n")  # for --help
@@ -144,8 +144,8 @@ class Settings:
     config: Tuple[str, ...] = option(
         "--config FILE", 'JSON, {"Exclude": ["AAHEAD"]}: leave out series whose folder name '
         "contains one of these, in any case")
-    only: List[str] = option("--only PATTERN", "glob on subject or subject/session: send only "
-                             "these (repeatable)", [], action="append")
+    only: List[str] = option("--only PATTERN", "glob on subject or subject/session, or a "
+                             "session's label: send only these (repeatable)", [], action="append")
     shard: Tuple[int, int] = option("--shard K/N", "of N machines that share the tree this is "
                                     "number K: whole subjects, always the same", "1/1")
     nested: bool = switch("--nested", "series folders hold several series each, as is meant")
@@ -160,7 +160,8 @@ class Settings:
     procs: int = option("--procs N", "uploads side by side", 4)
     max_files: int = option("--max-files N", "files per zip", 500)
     compression: int = option("--compression auto|0-9", "zip's level; auto takes 0 or 1, whichever "
-                              "is faster here", "auto")
+                              "is faster here", "auto",
+                              choices=["auto", *"0123456789"])
     retries: int = option("--retries N", "tries after the first", 5)
     timeout: int = option(
         "--timeout SECONDS", "seconds without a byte before a transfer counts as dead", 900)
@@ -175,8 +176,9 @@ class Settings:
     command: str = ""  # the same call, without the password
 
     def matching(self, subject: str, name: str) -> Set[str]:
-        """The patterns of --only that choose this session."""
-        return {each for each in self.only if fnmatch.fnmatchcase(
+        """The patterns of --only that choose this session: by its folders, or its label."""
+        label = Session(subject, name).label
+        return {each for each in self.only if each == label or fnmatch.fnmatchcase(
             f"{subject}/{name}", each if "/" in each else each + "/*") or not name and
             fnmatch.fnmatchcase(subject, each.partition("/")[0])}  # its folder cannot be read
 
@@ -314,7 +316,7 @@ class Tree:
     no_data: List[str] = field(default_factory=list)  # names that stand for none
     not_chosen: int = 0  # sessions
     labels: Set[str] = field(default_factory=set)  # of all sessions, chosen or not
-    idle: Set[str] = field(default_factory=set)  # patterns of --only that choose nothing
+    idle: Set[str] = field(default_factory=set)  # patterns of --only that no folder has
 
     def pairs(self) -> Iterator[Tuple[Session, str]]:
         return ((session, series) for session in self.sessions for series in session.series)
@@ -351,6 +353,7 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
             tree.sessions += [session] if chosen else []
             tree.not_chosen += not chosen
             tick(tree)
+        tree.idle -= set() if names else settings.matching(subject, "")
         if len(tree.sessions) > before or not names and settings.chooses(subject, ""):
             above += files
     check_shape(tree, settings, above)
@@ -477,7 +480,7 @@ def list_files(series: Series) -> None:
                 series.no_data.append(name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 series.problems.append(Trouble(f"{name} is a link to nothing",
-                                               "mend or remove it, then run again"))
+                                               "fix or remove it, then run again"))
             elif entry.is_file():
                 info = entry.stat()
                 series.files.append(File(name, info.st_size, info.st_mtime_ns))
@@ -699,8 +702,9 @@ def heads_in(path: str) -> Iterator[bytes]:
 # Before the first session: a level too high, and files beside the folders
 
 
-def looks_too_high(tree: Tree, settings: Settings) -> str:
-    """A series folder whose subfolders hold different series, if that is so in most of a sample."""
+def check_level(tree: Tree, settings: Settings) -> None:
+    """Raises Stop(2) if the subfolders of series folders hold different series, in most of a
+    sample: ROOTDIR is one level too high."""
     deep, flat = [], 0
     for path in (f"{session.path}/{name}" for session in tree.sample
                  for name in session.series[:SAMPLE]):
@@ -712,7 +716,11 @@ def looks_too_high(tree: Tree, settings: Settings) -> str:
                     uids.add(first_series(os.path.join(folder, below)))
         deep += [folder] if len(uids - {""}) > 1 else []
         flat += len(uids - {""}) < 2
-    return deep[0] if len(deep) > flat else ""
+    if len(deep) > flat:
+        raise Stop(f"ROOTDIR {settings.rootdir}: it looks one level too high (different series in "
+                   f"the folders of {deep[0]}): give the folder that holds the subjects, or add "
+                   "--nested if series folders hold several series each. The layout is",
+                   WRONG_CALL, LAYOUT)
 
 
 def first_series(folder: str) -> str:
@@ -1907,10 +1915,12 @@ class Memory:
         return self.series.get(series.name, Known())
 
     def gone(self, series: List[Series]) -> List[str]:
-        """Series that had images, and have none any more."""
+        """Series that had images, and have none any more, nor has a folder of a new name."""
         here = {each.name for each in series
                 if each.images or each.problems or each.status in ("left out", "copy")}
-        return [name for name, known in self.series.items() if known.number and name not in here]
+        new = [each for each in series if each.images and each.name not in self.series]
+        return [name for name, known in self.series.items() if known.number and name not in here
+                and not any(known.is_of(each.images, each) for each in new)]
 
     def is_same(self, series: List[Series]) -> bool:
         """Whether the folder is what an earlier run verified, by names, sizes and times."""
@@ -1938,6 +1948,7 @@ class Memory:
             elif each.status != "left out":
                 found[each.name] = Known(each.listing, images_fingerprint(each.images, by_crc),
                                          len(each.images), by_crc)
+        found.update({name: self.series[name] for name in self.gone(series)})  # until --again
         return found
 
 
@@ -1961,7 +1972,7 @@ class Ledger:
         """Raises Stop(3) if it cannot be used. A dry run only reads it, if it is there."""
         self.path = os.path.join(os.path.abspath(settings.workdir), "dicomUpload.ledger")
         self.exclusions: Set[str] = set()  # of earlier runs
-        self.from_here: Set[str] = set()  # labels of sessions that came from this ROOTDIR
+        self.from_here: Dict[str, Session] = {}  # sessions of this ROOTDIR, by label
         self._root = os.path.realpath(settings.rootdir)
         self._where = {"v": 2, "server": settings.url, "project": project}
         self._ended: Dict[Tuple[str, str], int] = {}  # where in the file
@@ -1992,14 +2003,16 @@ class Ledger:
             self.exclusions = set(map(str, line["names"]))
             return
         key = line["subject"], line["session"]
-        if line["event"] == "sent":
+        if line["event"] == "gone":
+            self.from_here.pop(line["session"], None)
+        elif line["event"] == "sent":
             names = "series", "first", "last", "files", "address"
             self._parts[key].append({name: str(line[name]) for name in names})
         else:
             self._parts.pop(key, None)
             self._ended[key] = at
             if line.get("root") == self._root:
-                self.from_here.add(line["session"])
+                self.from_here[line["session"]] = Session(*map(str, line["folders"]))
 
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
@@ -2019,7 +2032,7 @@ class Ledger:
         """Write an event down and sync it. Raises Stop(3) if that fails."""
         line = dict(self._where, at=now(), event=event, root=self._root, **more)
         if session:
-            line.update(subject=session.subject_label, session=session.label)
+            line.update(subject=session.subject_label, session=session.label, folders=session[:2])
         try:
             with self._lock:
                 at = self._end
@@ -2400,15 +2413,14 @@ class Upload:
         session, settings, xnat = outcome.session, self.settings, self.xnat
         outcome.series = series = list_session(session, settings)
         known = self.sender.ledger.of(session)
-        if not (settings.dry_run or settings.again) and self._is_known(outcome, known):
+        memory = Memory() if settings.again else known
+        if not settings.dry_run and self._is_known(outcome, memory):
             return
         with self.reading, self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
         images = [image for each in series for image in each.images]
-        gone = known.gone(series)
-        if gone:
-            self.teller.say(f"{session.label}: earlier runs sent images from {some(gone)}, now "
-                            "there are none: see whether that is meant")
+        for name in memory.gone(series):
+            self.teller.gone(session, name)
         addresses: List[str] = []
         if images:
             waiting = self.contents.waiting(session, known.address)
@@ -2437,7 +2449,7 @@ class Upload:
         self.sender.ledger.add(
             "ended", session, where=outcome.where, path=outcome.address, files=outcome.files,
             whole=not outcome.failed(),
-            series=known.renewed([each for each in series if not each.problems]))
+            series=memory.renewed([each for each in series if not each.problems]))
 
     def _has_read(self) -> None:
         """One file more has been read. Raises Stopping: thousands may be to come."""
@@ -2515,191 +2527,140 @@ class Upload:
                                 f"folder has {count}: the others come from elsewhere")
 
 
-def rest_of(upload: Upload) -> List[Outcome]:
+def rest_of(upload: Upload) -> Iterator[Outcome]:
     """What a stop left undone: the sessions on their way, and those that it did not reach."""
-    return list(upload.active.values()) + [Outcome(session, [
-        Series(name, "") for name in session.series]) for session in upload.waiting]
+    yield from upload.active.values()
+    for session in upload.waiting:
+        yield Outcome(session, [Series(name, "") for name in session.series])
 
 
 def anew(session: Session, replacing: bool = False) -> str:
     """How to send all of a session again."""
-    return (f"to send it anew, add {'--overwrite-files ' * replacing}--again --only "
+    return f"to send it anew, add {again_for(session, replacing)}"
+
+
+def again_for(session: Session, replacing: bool = True) -> str:
+    """The options of a run that sends all of a session again."""
+    return (f"{'--overwrite-files ' * replacing}--again --only "
             f"{shlex.quote(glob.escape(session.path))}")
 
 
 # ---- telling -------------------------------------------------------------------------------
 
 
-# How a session ended, in words.
-ENDS = {
-    "archived": "archived",
+ENDS = {  # Outcome.where in words, unless it is one
     "prearchived": "in the prearchive, waiting for review",
-    "not archived": "not archived",
     "held back": "held back in the prearchive",
     "failed": "not there",
-    "nothing to send": "nothing to send",
     "to send": "would be sent",
     "to archive": "in the prearchive, would be archived",
     "there": "already there",
 }
-RED, GREEN, YELLOW = 31, 32, 33
-COLOURS = {"archived": GREEN, "already there": GREEN, "sent": GREEN, "would be sent": GREEN,
-           "would send": GREEN, "All is there": GREEN, "in the prearchive": YELLOW,
-           "held back": YELLOW, "not archived": RED, "not there": RED, "not sent": RED,
-           "damaged": RED, "packed": RED, "Failed": RED}
-
-
-class Failure(NamedTuple):
-    """What somebody has to look at: where, what, and what to do."""
-
-    where: str
-    what: str
-    to_do: str
-
-    @property
-    def kind(self) -> str:
-        """The same for all of one kind: names and numbers do not count, what a server says does."""
-        what = re.sub(r" \((?!HTTP|curl)[^()]*\)", "", self.what)
-        what = re.sub(r"^\S.*? (?=(is|are|has|cannot|does|changed|could) )", "", what)
-        what = what if "(" in what else what.partition(": ")[0].replace("files", "file")
-        return re.sub(r"\S*[\d_./]\S*", "*", f"{what}: {self.to_do}")
+COLOURS = {  # on a terminal, of what stands at the beginning of a line or after two spaces
+    31: "not archived|not there|not sent|damaged|packed|Failed|Gone",
+    32: "archived|already there|sent|would be sent|would send|All is there",
+    33: "in the prearchive|held back",
+}
 
 
 class Screen:
-    """Standard output and error: plain lines, and on a terminal one line that moves."""
+    """How lines get out: to standard output or error, and all of them to the log; rows to the
+    report. Below all others one line moves on a terminal, and shows how far the run is."""
+
+    HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
+    settings: Settings  # from open() on
 
     def __init__(self) -> None:
         clever = os.environ.get("TERM") != "dumb"
         self.moves = sys.stderr.isatty() and clever
-        self._coloured = sys.stdout.isatty() and clever and not os.environ.get("NO_COLOR")
-        self._shown = False  # whether the moving line is there
-        self.heard = self._drawn = time.monotonic()  # a line; the moving one
-
-    def show(self, stream: TextIO, text: str, at: int = -1) -> None:
-        """A line; on a terminal broken between words, and the status word at `at` in a colour."""
-        self._erase()
-        self.heard = time.monotonic()
-        lines = [printable(text)]
-        if stream.isatty() and "python3 " not in text:  # a command is there to be copied
-            lines = wrapped(lines[0], terminal_width(stream))
-        first = lines[0]
-        word = next((each for each in COLOURS if at >= 0 and first.startswith(each, at)), "")
-        if word and self._coloured:
-            lines[0] = first[:at] + f"\033[{COLOURS[word]}m{word}\033[0m" + first[at + len(word):]
-        put(stream, "".join(line + "\n" for line in lines))
-
-    def move(self, text: Callable[[], str]) -> None:
-        """Draw the moving line anew, ten times a second at most."""
-        if time.monotonic() > self._drawn + 0.1:
-            self._drawn = time.monotonic()
-            self._erase()
-            put(sys.stderr, fitting(text(), min(80, terminal_width(sys.stderr)) - 1))
-            self._shown = True
-
-    def _erase(self) -> None:
-        if self._shown:
-            put(sys.stderr, "\r\033[K")
-            self._shown = False
-
-
-class Papers:
-    """Log and report of a run, in the workdir and for their owner only."""
-
-    def __init__(self) -> None:
+        self.quiet = self.verbose = False
+        self.stopped: Optional[Stop] = None  # by a signal, or for want of a log
         self.report_path = ""
-        self.broken: Optional[Stop] = None  # they cannot be written
-        self.order: List[Session] = []  # whose rows are still to come, the next one last
-        self._handles: Dict[str, int] = {}
+        self._coloured = sys.stdout.isatty() and clever and not os.environ.get("NO_COLOR")
+        self._moving = ""  # what stands in the moving line
+        self._heard = time.monotonic()  # the last line
+        self._files: Dict[str, int] = {}  # log and report
+        self._order: List[Session] = []  # whose rows are still to come, the next one last
         self._early: Dict[Session, str] = {}  # rows of sessions that have overtaken others
-
-    def open(self, settings: Settings) -> None:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        first = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
-        base = next(base for base in itertools.chain([first], (
-            f"{first}-{number}" for number in itertools.count(2)))  # for runs within one second
-            if not os.path.exists(base + ".log"))
-        self.report_path = base + ".csv"
-        for kind, path in (("log", base + ".log"), ("report", self.report_path)):
-            self._handles[kind] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-
-    def write(self, kind: str, text: str) -> None:
-        raw = text.encode("utf-8", "backslashreplace")
-        try:
-            if kind in self._handles and os.write(self._handles[kind], raw) < len(raw):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._handles.clear()  # what ends the run must not keep its summary back
-            self.broken = Stop(f"{kind} beside {self.report_path}: cannot be written "
-                               f"({error.strerror}): make room, then run again")
-
-    def report(self, session: Session, rows: Iterable[Dict[str, Any]]) -> None:
-        """A session's rows, in the order of the folders."""
-        self._early[session] = "".join(csv_line(each.values()) for each in rows)
-        if len(self._early) > 999:  # memory has its bounds
-            self.order.clear()
-        while self._early and (not self.order or self.order[-1] in self._early):
-            self.write("report", self._early.pop(self.order.pop() if self.order else
-                                                 next(iter(self._early))))
-
-
-class Lines:
-    """Results to stdout, the rest to stderr, all of it to the log; and how far the run is."""
-
-    HEARTBEAT = 60.0  # seconds without a line after which a log shows that the run is alive
-
-    def __init__(self) -> None:
-        self.failures: List[Failure] = []
-        self.settings: Optional[Settings] = None
-        self.stopped: Optional[Stop] = None  # by a signal
-        self._screen, self._papers = Screen(), Papers()
-        self._counts: Counter[str] = Counter()  # of sessions, files and bytes
+        self._counts: Counter[str] = Counter()  # of sessions, files and bytes so far
         self._at_work: Dict[object, Tuple[str, float]] = {}  # what goes on, bytes of it gone out
         self._total = 0  # sessions
-        self._began = time.monotonic()
+        self._began = 0.0  # when the walk was over
         self._lock = threading.RLock()
 
-    def _has(self, switch: str) -> bool:
-        return bool(getattr(self.settings, switch, False))
-
-    def open_files(self, settings: Settings) -> None:
-        """Begin log and report in the workdir."""
-        self._papers.open(settings)
-        self._papers.write("report", csv_line(row_of(Outcome(Session("", ""), []), Series("", ""))))
+    def open(self, settings: Settings) -> None:
+        """Begin log and report in the workdir, for their owner only; a dry run has none."""
+        self.settings, self.quiet, self.verbose = settings, settings.quiet, settings.verbose
+        if settings.dry_run:
+            return
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        base = os.path.join(os.path.abspath(settings.workdir), f"{settings.logname}_{stamp}")
+        self.report_path = base + ".csv"
+        for kind in ("log", "csv"):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            self._files[kind] = os.open(f"{base}.{kind}", flags, 0o600)
+        self._write("csv", csv_line(row_of(Outcome(Session("", ""), []), Series("", ""))))
         self.log(f"dicomUpload {VERSION}: {settings.command}")
 
     def check(self) -> None:
         """Raises Stop if a signal came where Python drops exceptions, or the log is full."""
-        if self.stopped or self._papers.broken:
-            raise self.stopped or self._papers.broken  # type: ignore[misc]
-
-    # One line
+        if self.stopped:
+            raise self.stopped
 
     def log(self, text: str) -> None:
-        """A line for the log only; with --verbose on stderr too."""
-        self._tell(text, [f"  {text}"] if self._has("verbose") else [])
+        """A line for the log; with --verbose on standard error too."""
+        self._tell(text, sys.stderr if self.verbose else None, "  ")
 
-    def line(self, text: str = "", important: bool = True, at: int = -1) -> None:
-        """A result: a line on stdout and in the log. --quiet shows only what is `important`.
-        Its status word, if it has one, begins at `at`."""
-        self._tell(text, [text] if important or not self._has("quiet") else [], sys.stdout, at)
+    def line(self, text: str = "", important: bool = True) -> None:
+        """A result, on standard output; --quiet shows only what is `important`."""
+        self._tell(text, sys.stdout if important or not self.quiet else None)
 
-    def say(self, text: str, drawing: str = "") -> None:
-        """A warning, an error or a wait: a line on stderr and in the log, maybe with a drawing."""
-        self._tell(text, [f"dicomUpload: {text}", *drawing.splitlines()])
+    def say(self, text: str) -> None:
+        """A warning, an error or a wait, on standard error."""
+        self._tell(text, sys.stderr, "dicomUpload: ")
 
-    def _tell(self, text: str, shown: List[str], stream: Optional[TextIO] = None, at: int = -1
-              ) -> None:
+    def _tell(self, text: str, stream: Optional[TextIO], before: str = "") -> None:
         with self._lock:
-            self._papers.write("log", f"{now()} {printable(text)}\n")
-            for line in shown:
-                self._screen.show(stream or sys.stderr, line, at)
+            self._write("log", f"{now()} {printable(text)}\n")
+            if stream:
+                self._move("")
+                self._heard = time.monotonic()
+                text = before + printable(text)
+                if stream.isatty() and "python3 " not in text:  # a command is there to be copied
+                    text = "\n".join(wrapped(text, terminal_width(stream)))
+                if self._coloured and stream is sys.stdout:
+                    for code, words in COLOURS.items():
+                        text = re.sub(rf"(?m)(^|  )({words})\b", f"\\1\033[{code}m\\2\033[0m", text)
+                put(stream, text + "\n")
 
-    def fail(self, where: str, trouble: Trouble) -> None:
-        """Keep a failure for the summary."""
-        with self._lock:
-            self.failures.append(Failure(where, trouble.what, trouble.to_do))
+    def _move(self, text: str) -> None:
+        """Put this in place of what the moving line shows."""
+        if self._moving != text:
+            self._moving = text
+            columns = min(80, terminal_width(sys.stderr)) - 1
+            put(sys.stderr, "\r\033[K" + wrapped(printable(text), columns)[0])
 
-    # While it goes on
+    def _write(self, kind: str, text: str) -> None:
+        raw = text.encode("utf-8", "backslashreplace")
+        try:
+            if kind in self._files and os.write(self._files[kind], raw) < len(raw):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._files.clear()  # what ends the run must not keep its summary back
+            self.stopped = Stop(f"log or report ({self.report_path}): cannot be written "
+                                f"({error.strerror}): make room, then run again")
+
+    def report(self, outcome: Outcome) -> None:
+        """A session's rows, in the order of the folders."""
+        rows = (row_of(outcome, series, self.settings.url) for series in outcome.series)
+        self._early[outcome.session] = "".join(csv_line(row.values()) for row in rows)
+        if len(self._early) > 999:  # memory has its bounds
+            self._order.clear()
+        while self._early and (not self._order or self._order[-1] in self._early):
+            self._write("csv", self._early.pop(self._order.pop() if self._order else
+                                               next(iter(self._early))))
+
+    # How far it is
 
     @contextmanager
     def at_work(self, name: str, files: Sequence[File] = ()) -> Iterator[Callable[[float], None]]:
@@ -2720,8 +2681,7 @@ class Lines:
 
     def walking(self, tree: Tree) -> None:
         """The walk has come so far."""
-        with self._lock:
-            self._at_work[self] = (f"walking: {plural(len(tree.sessions), 'session')} so far", 0.0)
+        self._total = len(tree.sessions)
         self.progress()
 
     def has_read(self, files: int) -> None:
@@ -2735,20 +2695,20 @@ class Lines:
             self._counts.update({"planned": planned, "looked": 1})
 
     def progress(self) -> None:
-        """On a terminal the one moving line; elsewhere a line now and then."""
+        """On a terminal the moving line, ten times a second at most; elsewhere a line a minute."""
         with self._lock:
-            if self._has("quiet"):
-                return
-            if self._screen.moves:
-                self._screen.move(self._standing)
-            elif time.monotonic() > self._screen.heard + self.HEARTBEAT:
-                self.say(f"still at work: {self._standing()}")
+            pause = 0.1 if self.moves else self.HEARTBEAT
+            if not self.quiet and time.monotonic() > self._heard + pause:
+                self._heard = time.monotonic()
+                if self.moves:
+                    self._move(self._standing())
+                else:
+                    self.say(f"still at work: {self._standing()}")
 
     def _standing(self) -> str:
         """How far it is, how fast, about how long it will take, and what is going on."""
-        names = "".join([name for name, _ in self._at_work.values()][:1])
-        if not self._total:
-            return f"[{names}]"
+        if not self._began:
+            return f"[walking: {plural(self._total, 'session')} so far]"
         counts, done = self._counts, self._counts["done"]
         sent = counts["bytes"] + sum(each for _, each in self._at_work.values())
         rate = sent / max(1.0, time.monotonic() - self._began)
@@ -2757,219 +2717,226 @@ class Lines:
         words += [size(sent), f"{size(rate)}/s"] if sent else [f"{counts['read']:,} files read"]
         # As if those that are not read yet were like those that are.
         left = counts["planned"] / max(1, done, counts["looked"]) * self._total - sent
-        if 0 < sent < 99 * left:
-            words.append(f"about {duration(left / rate)} left")
-        return f"[{'  '.join(words)}]  {names}"
+        words += [f"about {duration(left / rate)} left"] if 0 < sent < 99 * left else []
+        return f"[{'  '.join(words)}]  " + "".join([name for name, _ in self._at_work.values()][:1])
 
 
-class Teller(Lines):
+class Teller(Screen):
     """What a run tells: what is about to happen, how each session ended, and the end."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.failures: Dict[str, List[Tuple[str, Trouble]]] = defaultdict(list)  # by heading
         self._ends: Counter[str] = Counter()  # of sessions
         self._statuses: Counter[str] = Counter()  # of series
         self._kinds: Counter[str] = Counter()  # of files that were not sent
-        self._widths = (0, 0)  # of labels and of series names
+        self._widths = (0, 0)  # of labels and of series' names
 
     def begin(self, tree: Tree, xnat: Xnat) -> None:
         """What is about to happen, in a few lines."""
-        settings, series, widest = xnat.settings, 0, 0
-        out: Counter[str] = Counter()
-        for _, name in tree.pairs():
-            series, widest = series + 1, max(widest, len(name))
-            out.update(filter(None, [settings.left_out(name)]))
-        labels = [session.label for session in tree.sessions]
-        self._at_work.pop(self, None)
         self._total, self._began = len(tree.sessions), time.monotonic()
-        self._widths = max(map(len, labels), default=0), min(40, widest)
-        self._papers.order = tree.sessions[::-1]
+        self._order, left_out = tree.sessions[::-1], xnat.settings.left_out
+        self._widths = (max((len(each.label) for each in tree.sessions), default=0),
+                        min(40, max((len(name) for _, name in tree.pairs()), default=0)))
+        out = Counter(left_out(name) for _, name in tree.pairs())
+        series, going = sum(out.values()), out.pop("", 0)
         by = ", ".join(f'"{name}" {count:,}' for name, count in sorted(out.items()))
-        subjects = plural(len({session.subject for session in tree.sessions}), "subject")
+        subjects = plural(len({each.subject for each in tree.sessions}), "subject")
         lines = [f"XNAT {xnat.version or 'of unknown version'}, project {xnat.project}, as "
-                 f"{settings.user}",
+                 f"{xnat.settings.user}",
                  f"{subjects}, {plural(self._total, 'session')}, {series:,} series: "
-                 f"{sum(out.values()):,} left out" + (f" ({by})" if by else "")]
+                 f"{series - going:,} left out" + f" ({by})" * bool(by)]
         if tree.not_chosen:
             lines.append(f"{plural(tree.not_chosen, 'session')} left out by --only or --shard")
-        lines += [f"{session.path} becomes session {label} of subject {session.subject_label}"
-                  for session, label in zip(tree.sessions, labels)
-                  if label != session.path.rstrip("/").replace("/", "_")]
-        for line in lines:
+        lines += [f"{each.path} becomes session {each.label} of subject {each.subject_label}"
+                  for each in tree.sessions
+                  if each.label != each.path.rstrip("/").replace("/", "_")]
+        for line in lines + [""]:
             self.line(line, important=False)
-        for pattern in sorted(tree.idle):
-            self.say(f"--only {pattern}: chooses none of the sessions: give subject or "
-                     "subject/session, as the folders go")
         if tree.strays:
             self.say(f"{tree.strays[0]}: {plural(len(tree.strays), 'file')} where folders belong: "
                      "not sent")
-        for stray in tree.strays:
-            self.log(f"where a folder belongs: {stray}")
+        for what, paths in (("where a folder belongs", tree.strays), ("no data", tree.no_data)):
+            for path in paths:
+                self.log(f"{what}: {path}")
         self._kinds["no data"] = len(tree.no_data)
-        for path in tree.no_data:
-            self.log(f"no data: {path}")
-        self.line(important=False)
+
+    def fail(self, where: str, trouble: Trouble, heading: str = "Failed") -> None:
+        """Keep for the summary what somebody has to look at."""
+        with self._lock:
+            self.failures[heading].append((where, trouble))
+
+    def gone(self, session: Session, series: str = "") -> None:
+        """Earlier runs sent images from this folder, and it is gone or empty now."""
+        self.fail(f"{session.label} {series}".rstrip(), Trouble(
+            "earlier runs sent images from this folder, and now there are none",
+            f"put it back, or if it is meant so add {again_for(session)} once"), "Gone")
 
     def session(self, outcome: Outcome) -> None:
         """A session is over: its line, one for each series that needs a person, its rows."""
+        failed, label = outcome.failed(), outcome.session.label
+        if outcome.where == "nothing to send" and failed:
+            outcome.where = "failed"
+        if outcome.where == "archived" and outcome.earlier:
+            outcome.where = "there"
         with self._lock:
-            failed, verbose = outcome.failed(), self._has("verbose")
-            if outcome.where == "nothing to send" and failed:
-                outcome.where = "failed"
             for series in outcome.series:
-                self._one_series(outcome, series)
+                self._series(outcome, series)
             if outcome.trouble:
-                self.fail(outcome.session.label, outcome.trouble)
+                self.fail(label, outcome.trouble)
+            self._ends[outcome.where] += 1
             self._counts.update({"done": 1, "failed": failed})
-            line = f"{outcome.session.label:<{self._widths[0]}}  {self._end(outcome)}"
-            if self.settings and verbose:
+            line = f"{label:<{self._widths[0]}}  {end_of(outcome)}"
+            if self.verbose and outcome.address:
                 line += f"  {page_of(outcome, self.settings.url)}"
-            if verbose or failed or not outcome.earlier or not self._screen.moves:
-                self.line(line.rstrip(), failed, self._widths[0] + 2)
+            if self.moves and outcome.earlier and not (failed or self.verbose):
+                self._tell(line, None)  # on a terminal a rerun shows what is new
             else:
-                self._tell(line, [])  # on a terminal a rerun shows what is new
-            self._report(outcome)
+                self.line(line, failed)
+            self.report(outcome)
 
-    def _report(self, outcome: Outcome) -> None:
-        url = self.settings.url if self.settings else ""
-        self._papers.report(outcome.session, [row_of(outcome, each, url)
-                                              for each in outcome.series])
-
-    def _end(self, outcome: Outcome) -> str:
-        """How it ended, with what a line says beside."""
-        there = outcome.where in ("archived", "prearchived")
-        end = ENDS["there" if outcome.earlier and outcome.where == "archived" else outcome.where]
-        self._ends[end] += 1
-        if outcome.trouble:
-            what = outcome.trouble.what
-            return what if what.startswith(end) else f"{end}: {what}"
-        if outcome.where == "to send":
-            return f"{end}: {amount(image for each in outcome.series for image in each.missing)}"
-        total = sum(len(each.images) for each in outcome.series)
-        count = plural(outcome.files, "file") if outcome.files >= total else (
-            f"only {outcome.files:,} of {plural(total, 'file')}")
-        return end + f", {count}" * (there or outcome.where == "there") + (
-            " verified" if there and not outcome.earlier else "")
-
-    def _one_series(self, outcome: Outcome, series: Series) -> None:
-        label, dry, need = outcome.session.label, self._has("dry_run"), series.wants_a_person()
-        name = f"{label} {series.name}"
+    def _series(self, outcome: Outcome, series: Series) -> None:
+        dry, need, found = self.settings.dry_run, series.wants_a_person(), troubles(series)
         if not series.status or series.problems and series.status == "already there":
             good = dry and not (series.problems or outcome.trouble)
             series.status = "would send" if good else "not sent"
         self._statuses[series.status] += 1
-        wrong = troubles(series)
-        for trouble in wrong:
-            self.fail(name, trouble)
+        for trouble in found:
+            self.fail(f"{outcome.session.label} {series.name}", trouble)
         for kind, names in (("damaged", series.damaged), ("packed", series.packed),
-                            ("copy", series.copies), ("not DICOM", series.not_dicom),
+                            ("copies", series.copies), ("not DICOM", series.not_dicom),
                             ("no data", series.no_data)):
             self._kinds[kind] += len(names)
-            for each in names:
-                self._tell(f"{kind}: {outcome.session.path}/{series.name}/{each}", [])
-        if dry or need or self._has("verbose"):
-            shown = printable(series.name)
-            shown += " " * (self._widths[1] - width_of(shown))
-            start = f"{label:<{self._widths[0]}}  {shown}  "
-            marked = need and not series.problems  # of such a line what is wrong has the colour
-            self.line(f"{start}{series.status:<13}  "
-                      f"{'; '.join([each.what for each in wrong] + detail(series))}".rstrip(),
-                      need, len(start) + 15 * marked)
+            for name in names:
+                self._tell(f"{kind}: {outcome.session.path}/{series.name}/{name}", None)
+        if dry or need or self.verbose:
+            widths, name = self._widths, printable(series.name)
+            self.line(f"{outcome.session.label:<{widths[0]}}  {name:<{widths[1]}}  "
+                      f"{series.status:<13}  {said_of(series)}".rstrip(), need)
 
-    def summary(self, upload: Upload, again: bool) -> None:
-        """The end: each failure again, how much is there, what a stop left, and what to do."""
-        dry, rest, line = upload.settings.dry_run, rest_of(upload), self.line
-        for outcome in rest:
+    # The end
+
+    def summary(self, upload: Upload, stop: Optional[Exception]) -> bool:
+        """The end: what failed, how much is there, and what to do; whether all is there."""
+        line, command, rest, halves = self.line, self.settings.command, [], []
+        for outcome in rest_of(upload):
+            outcome.trouble = Trouble("the run was stopped before this session was whole",
+                                      "run again")
             for each in outcome.series:
                 each.status = each.status or "not sent"
-                each.message = each.message or ("the run was stopped before its session was whole: "
-                                                "run again")
-            self._report(outcome)
-        room = self._room(upload) if dry else ""
+            self.report(outcome)
+            rest.append(outcome.session.label)
+            if outcome.address and outcome.where == "failed":
+                halves.append(outcome.session.label)
+        self._ends["not finished"] = len(rest)
         self._tell_failures()
         line(important=False)
-        self._tell_counts(upload, len(rest))
-        if room:
-            line(room)
+        self._tell_counts()
+        if self.settings.dry_run:
+            self._tell_room(upload)
         if rest:
-            line(f"Not finished: {some([outcome.session.label for outcome in rest], 5)}")
-        halves = [outcome.session.label for outcome in rest if outcome.where == "failed"
-                  and (outcome.address or any(each.sent for each in outcome.series))]
+            line(f"Not finished: {some(rest, 5)}")
         if halves:
             line(f"Not whole in the prearchive, do not archive by hand: {some(halves)}")
-        if self._ends[ENDS["prearchived"]]:
+        if self._ends["prearchived"]:
             line("Those in the prearchive wait for review: somebody must archive them there.")
-        if self._papers.report_path:
-            line(f"Report: {self._papers.report_path}")
-        if dry:
-            line(f"Nothing was sent. To send: {upload.settings.command}")
-        elif not (self.failures or rest or self.saw_only_junk()):
-            line("All is there.", at=0)
-        elif again and not self.saw_only_junk():
-            fix = any(not each.to_do.startswith("run again") for each in self.failures)
-            line(("Fix what failed, then run" if fix else "Run") +
-                 f" the same command again to finish: {upload.settings.command}")
+        if self.report_path:
+            line(f"Report: {self.report_path}")
+        to_do = [trouble.to_do for each in self.failures.values() for _, trouble in each]
+        to_do += [str(stop).rpartition(": ")[2]] if stop else []
+        fix = sum(not each.startswith("run again") for each in to_do)
+        whole = not (to_do or rest or self._ends["to send"] or self._ends["to archive"])
+        if whole:
+            line("All is there.")
+        elif self.settings.dry_run:
+            line(f"Nothing was sent. To send: {command}")
+        elif not isinstance(stop, Misplaced):
+            of_these = "" if fix == len(to_do) else f"{fix:,} of "
+            line((f"First fix {of_these}the {len(to_do):,} above, then run" if fix else "Run") +
+                 f" the same command again to finish: {command}")
+        return whole
 
     def saw_only_junk(self) -> bool:
         """Whether there were files, and no DICOM among them."""
-        return bool(self._kinds["not DICOM"]) and set(self._ends) == {ENDS["nothing to send"]}
+        return bool(self._kinds["not DICOM"]) and set(self._ends) == {"nothing to send"}
 
     def _tell_failures(self) -> None:
-        """Under one heading, those of one kind as one entry: what it is, below it what to do."""
-        kinds: Dict[str, List[Failure]] = defaultdict(list)
-        for failure in sorted(self.failures):
-            kinds[failure.kind].append(failure)
-        if kinds:
+        """Under each heading those of one kind as one entry: what it is, below it what to do."""
+        for heading, failures in sorted(self.failures.items()):
             self.line(important=False)
-            self.line(f"Failed ({len(self.failures):,}):", at=0)
-        for first, *more in kinds.values():
-            self.line(f"  {first.where}: {first.what}")
-            if more:
-                self.line(f"      and {len(more):,} more like it: "
-                          f"{some([each.where for each in more], 3)}")
-            self.line(f"      {first.to_do}")
+            self.line(f"{heading} ({len(failures):,}):")
+            failures.sort(key=lambda each: each[0])
+            for (where, trouble), *more in alike(failures):
+                self.line(f"  {where}: {trouble.what}")
+                if more:
+                    self.line(f"      and {len(more):,} more like it: "
+                              f"{some([each for each, _ in more], 3)}")
+                self.line(f"      {trouble.to_do}")
 
-    def _tell_counts(self, upload: Upload, rest: int) -> None:
+    def _tell_counts(self) -> None:
         """How many of everything."""
-        ends = self._ends + Counter({"not finished": rest})
-        for noun, counts in (("session", ends), ("series", self._statuses)):
-            parts = ", ".join(f"{count:,} {word}" for word, count in counts.most_common())
-            count = sum(counts.values())
-            self.line(f"{plural(count, noun, noun.rstrip('s') + 's')}: {parts or 'none'}.")
-        parts = ", ".join(plural(count, word, {"copy": "copies", "no data":
-                          "no data by their names"}.get(word, word))
-                          for word, count in self._kinds.most_common() if count)
-        if parts:
-            named = " (named in the log)" if self._papers.report_path else ""
-            self.line(f"Files not sent: {parts}{named}.")
-        seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
+        for noun, nouns, counts in (("session", "sessions", self._ends),
+                                    ("series", "series", self._statuses),
+                                    ("file not sent", "files not sent", self._kinds)):
+            parts = ", ".join(f"{count:,} {ENDS.get(word, word)}"
+                              for word, count in counts.most_common() if count)
+            if parts:
+                self.line(f"{plural(sum(counts.values()), noun, nouns)}: {parts}.")
         if self._counts["files"]:
-            levels = [level for level, _ in upload.sender.level.used.most_common(2)]
+            seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
-                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), "
-                      f"{'mostly ' if levels[1:] else ''}zipped at level {levels[0]}.")
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s).")
 
-    def _room(self, upload: Upload) -> str:
+    def _tell_room(self, upload: Upload) -> None:
         """What a dry run says of the workdir's disk."""
-        folder = os.path.abspath(upload.settings.workdir)
+        folder = os.path.abspath(self.settings.workdir)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
-        free = shutil.disk_usage(folder).free
-        if upload.largest and upload.largest[0] > free:
-            self.fail(f"workdir {upload.settings.workdir}", Trouble(
-                f"is too full for the largest zip ({size(upload.largest[0])})",
-                "make room, or lower --max-files"))
-        return (f"Room for zips in {upload.settings.workdir}: {size(free)} free, up to "
-                f"{size(sum(upload.largest))} needed at once")
+        free, need = size(shutil.disk_usage(folder).free), size(sum(upload.largest))
+        self.line(f"Room for zips in {self.settings.workdir}: {free} free, up to {need} needed "
+                  "at once")
+
+
+# Sessions and series in words
+
+
+def end_of(outcome: Outcome) -> str:
+    """How a session ended, with what a line says beside."""
+    end = ENDS.get(outcome.where, outcome.where)
+    if outcome.trouble:
+        what = outcome.trouble.what
+        return what if what.startswith(end) else f"{end}: {what}"
+    if outcome.where not in ("archived", "prearchived", "there"):
+        return end
+    total = sum(len(each.images) for each in outcome.series)
+    count = plural(outcome.files, "file") if outcome.files >= total else (
+        f"only {outcome.files:,} of {plural(total, 'file')}")
+    return f"{end}, {count}" + " verified" * (outcome.where != "there" and not outcome.earlier)
+
+
+def said_of(series: Series) -> str:
+    """What a line says of a series behind its status."""
+    words = [each.what for each in troubles(series)] + [series.message]
+    if series.status == "sent":
+        words += [f"{plural(series.sent, 'file')}, {size(series.bytes)}", f"{series.seconds:.1f} s"]
+    elif series.status == "would send":
+        total = sum(image.bytes for image in series.missing)
+        words.append(f"{plural(len(series.missing), 'file')}, {size(total)}")
+    if series.there > series.sent:
+        there = plural(series.there - series.sent, "file")
+        words.append(there + " already there" * (series.status != "already there"))
+    if series.copies and series.status != "copy":
+        words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies)}")
+    if series.not_dicom and series.images:
+        words.append(f"{len(series.not_dicom):,} not DICOM: {some(series.not_dicom, 2)}")
+    return "; ".join(filter(None, words))
 
 
 def row_of(outcome: Outcome, series: Series, url: str = "") -> Dict[str, Any]:
     """A series in the report."""
-    session = outcome.session
-    message = "; ".join(filter(None, [*map(str, troubles(series)), series.message]))
-    if not message and series.status not in ("left out", "no DICOM", "copy"):
-        message = str(outcome.trouble or "") or (
-            ENDS[outcome.where] if outcome.where not in ("archived", "there") else "")
+    session, message = outcome.session, "; ".join(map(str, troubles(series))) or series.message
+    if not message and outcome.where not in ("archived", "there"):
+        message = str(outcome.trouble or ENDS.get(outcome.where, outcome.where))
     return {
         "subject": session.subject, "session": session.name, "series": series.name,
         "label": session.label, "status": series.status, "files": series.there,
@@ -2982,19 +2949,15 @@ def row_of(outcome: Outcome, series: Series, url: str = "") -> Dict[str, Any]:
 
 def page_of(outcome: Outcome, url: str) -> str:
     """The address under which a person finds the session."""
-    address = outcome.address
-    return "" if not address else url + ("/app/template/XDATScreen_prearchives.vm" if (
-        "/prearchive/" in address) else f"{address}?format=html")
+    if "/prearchive/" in outcome.address:
+        return f"{url}/app/template/XDATScreen_prearchives.vm"
+    return outcome.address and f"{url}{outcome.address}?format=html"
 
 
 def troubles(series: Series) -> List[Trouble]:
     """What is wrong with a series, that of one kind as one."""
-    alike: Dict[str, List[Trouble]] = defaultdict(list)
-    for each in series.problems:
-        alike[Failure("", each.what, each.to_do).kind].append(each)
-    found = [Trouble("; ".join(each.what for each in same[:3]) + (
-        f"; and {len(same) - 3:,} more like it" if same[3:] else ""), same[0].to_do)
-        for same in alike.values()]
+    found = [Trouble(some([each.what for _, each in same], 3, "; "), same[0][1].to_do)
+             for same in alike([("", each) for each in series.problems])]
     if series.damaged:
         found.append(Trouble(f"damaged: {some(series.damaged)}", "copy from the source again, then "
                              "run again; the others are sent"))
@@ -3003,32 +2966,59 @@ def troubles(series: Series) -> List[Trouble]:
     return found
 
 
-def detail(series: Series) -> List[str]:
-    """What a line says of a series beside its status and what is wrong with it."""
-    words, others = [series.message], series.there - series.sent
-    if series.status == "sent":
-        words += [f"{plural(series.sent, 'file')}, {size(series.bytes)}", f"{series.seconds:.1f} s"]
-    elif series.status == "would send":
-        words.append(amount(series.missing))
-    if others > 0:
-        words.append(plural(others, "file") + " already there" * bool(words[1:]))
-    if series.copies and series.status != "copy":
-        words.append(f"{plural(len(series.copies), 'copy', 'copies')}: {some(series.copies)}")
-    if series.not_dicom and series.images:
-        words.append(f"{len(series.not_dicom):,} not DICOM: {some(series.not_dicom, 2)}")
-    return list(filter(None, words))
+def alike(failures: List[Tuple[str, Trouble]]) -> Iterable[List[Tuple[str, Trouble]]]:
+    """Failures of one kind together: names and numbers do not count, what a server says does."""
+    kinds: Dict[str, List[Tuple[str, Trouble]]] = defaultdict(list)
+    for where, trouble in failures:
+        what = re.sub(r" \((?!HTTP|curl)[^()]*\)", "", trouble.what)
+        what = re.sub(r"^\S.*? (?=(is|are|has|cannot|does|changed|could) )", "", what)
+        what = what if "(" in what else what.partition(": ")[0].replace("files", "file")
+        kinds[re.sub(r"\S*[\d_./]\S*", "*", f"{what}: {trouble.to_do}")].append((where, trouble))
+    return kinds.values()
 
 
-def amount(images: Iterable[File]) -> str:
-    """How many files, and how large they are."""
-    sizes = [image.bytes for image in images]
-    return f"{plural(len(sizes), 'file')}, {size(sum(sizes))}"
+# Numbers and names in words
 
 
-def some(names: Sequence[str], most: int = 20) -> str:
+def some(names: Sequence[str], most: int = 20, between: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    return f"{count:,} " + (noun if count == 1 else nouns or noun + "s")
+
+
+def size(count: float) -> str:
+    """Bytes, for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.{int(unit != 'bytes' and count < 10)}f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, for people."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else (
+        f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s")
+
+
+def now() -> str:
+    return datetime.datetime.now().isoformat(sep=" ", timespec="milliseconds")
+
+
+def csv_line(row: Iterable[object]) -> str:
+    """A row in which no spreadsheet takes a name for a formula."""
+    text = io.StringIO()
+    csv.writer(text).writerow("'" * (str(each)[:1] in tuple("=+-@")) + printable(str(each))
+                              for each in row)
+    return text.getvalue()
+
+
+# What a stream takes
 
 
 def put(stream: TextIO, text: str) -> None:
@@ -3055,26 +3045,16 @@ def terminal_width(stream: TextIO) -> int:
     return 80
 
 
-def csv_line(row: Iterable[object]) -> str:
-    """A row in which no spreadsheet takes a name for a formula."""
-    text = io.StringIO()
-    csv.writer(text).writerow("'" * (str(each)[:1] in tuple("=+-@")) + printable(str(each))
-                              for each in row)
-    return text.getvalue()
+def printable(text: str) -> str:
+    """`text` with control characters, line breaks and bytes that are no text made visible."""
+    return text if text.isprintable() else "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def width_of(text: str) -> int:
     """Columns on a terminal: letters of some scripts are two wide, accents none."""
     return sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in text
                if not unicodedata.combining(each))
-
-
-def fitting(text: str, columns: int) -> str:
-    """As much of `text` as fits."""
-    text = printable(text)
-    while width_of(text) > columns:
-        text = text[:-1]
-    return text
 
 
 def wrapped(text: str, columns: int) -> List[str]:
@@ -3088,41 +3068,13 @@ def wrapped(text: str, columns: int) -> List[str]:
     return lines
 
 
-def printable(text: str) -> str:
-    """`text` with control characters, line breaks and bytes that are no text made visible."""
-    return text if text.isprintable() else "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
-def now() -> str:
-    return datetime.datetime.now().isoformat(sep=" ", timespec="milliseconds")
-
-
-def size(count: float) -> str:
-    """Bytes, for people."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.{int(unit != 'bytes' and count < 10)}f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, for people."""
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    return f"{hours} h {minutes % 60} min" if hours else (
-        f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s")
-
-
-def plural(count: int, noun: str, nouns: str = "") -> str:
-    return f"{count:,} " + (noun if count == 1 else nouns or noun + "s")
-
-
 # ---- options -------------------------------------------------------------------------------
 
 
 GROUPS = {"url": "what goes where", "config": "what to send", "review": "on the server",
           "workdir": "how to send", "quiet": "what to show"}  # titles in --help
+LIMITS = {"procs": (1, 9999), "max_files": (1, 999_999_999), "retries": (0, 9999),
+          "timeout": (1, 999_999)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -3130,11 +3082,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # argparse repeats what it does not understand, and that may be a password.
-        words = message.partition("unrecognized arguments: ")[2].split()
-        if words or "explicit argument" in message:
-            names = [word.partition("=")[0] for word in words if re.match(r"--[a-z]|-.$", word)]
-            message = f"options {' '.join(names)}: unknown" if names else "arguments: too many"
-            message += " (if PASS begins with -, set XNAT_PASS and give - instead)"
+        if "unrecognized arguments" in message or "explicit argument" in message:
+            names = " ".join(re.findall(r" (--[a-z-]+|-.)(?![^ =])", message))
+            message = (f"options {names}: unknown" if names else "arguments: too many") + (
+                " (if PASS begins with -, set XNAT_PASS and give - instead)")
         missing = message.partition("arguments are required: ")[2].split(", ")
         if missing[0]:
             refuse("URL USER PASS PROJECT ROOTDIR", f"only {5 - len(missing)} of these given: is "
@@ -3146,7 +3097,7 @@ def read_options(argv: List[str]) -> Settings:
     """The command line as Settings. Raises Stop(2) if it is wrong."""
     parser = Parser(
         prog="dicomUpload.py", usage="dicomUpload.py [options] URL USER PASS PROJECT ROOTDIR",
-        description=ABOUT, epilog=f"{EXAMPLES}\n\n{STATUSES}", allow_abbrev=False, add_help=False,
+        description=ABOUT, epilog=f"{EXAMPLES}\n\n{STATUSES}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for each in fields(Settings):
         if each.name in GROUPS:
@@ -3154,23 +3105,21 @@ def read_options(argv: List[str]) -> Settings:
         if each.metadata:
             more = dict(each.metadata)
             group.add_argument(*more.pop("flags") or [each.name], **more)
-    group = parser.add_argument_group("about")
-    group.add_argument("-h", "--help", action="help", help="show this and exit")
-    group.add_argument("--version", action="version", version=f"dicomUpload {VERSION}",
-                       help="show it and exit")
+    parser.add_argument("--version", action="version", version=f"dicomUpload {VERSION}")
     given = parser.parse_args(argv)
     check(given)
     given.url = check_url(given.url)
     given.config = read_config(given.config) if given.config else ()
     given.shard = read_shard(given.shard)
-    given.compression = AUTO if given.compression == "auto" else given.compression
-    given.limit_rate = 0 if given.limit_rate is None else bytes_per_second(given.limit_rate)
+    given.compression = AUTO if given.compression == "auto" else int(given.compression)
+    given.limit_rate = bytes_per_second(given.limit_rate) if given.limit_rate is not None else 0
     given.cacert = os.path.abspath(given.cacert) if given.cacert else ""
     command = ["python3", sys.argv[0]]
     for at, word in enumerate(argv):  # the one that is PASS, and not an option's value like it
         shown = argv[:at] + ["-"] + argv[at + 1:]
         if word == given.password and parser.parse_args(shown).password == "-":
-            command += [each for each in shown if each not in ("-n", "--dry-run", "--again")]
+            command += [each.replace("n", "") if re.fullmatch("-n?[qv]+n?[qv]*", each) else each
+                        for each in shown if each not in ("-n", "--dry-run", "--again")]
             break
     return Settings(**vars(given), command=shlex.join(command))
 
@@ -3185,18 +3134,14 @@ def check(given: argparse.Namespace) -> None:
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
-    for name, least, most in (("procs", 1, 9999), ("max_files", 1, 999_999_999),
-                              ("compression", 0, 9), ("retries", 0, 9999), ("timeout", 1, 999_999)):
+    for name, (least, most) in LIMITS.items():
         text = str(getattr(given, name))
-        if name == "compression" and text == "auto":
-            continue
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            auto = "auto, or " if name == "compression" else ""
-            refuse(f"--{name.replace('_', '-')}",
-                   f"give {auto}a whole number from {least} to {most}")
+            refuse(f"--{name.replace('_', '-')}", f"give a whole number from {least} to {most}")
         setattr(given, name, int(text))
+    given.only = [re.sub("(?<=[^/])/$", "", pattern) for pattern in given.only]
     for pattern in given.only:
-        if not re.fullmatch(r"[^/]+(/[^/]+)?", pattern):
+        if not re.fullmatch("[^/]+(/[^/]+)?", pattern):
             refuse(f"--only {pattern}", "is neither subject nor subject/session: give one of these")
     if given.cacert is not None and not os.path.isfile(given.cacert):
         refuse(f"--cacert {given.cacert}", "is no file: give the CA's certificate in PEM form")
@@ -3205,9 +3150,13 @@ def check(given: argparse.Namespace) -> None:
     try:
         os.scandir(given.rootdir).close()
     except OSError as error:
-        refuse_unreadable("ROOTDIR", given.rootdir, error)
+        refuse("ROOTDIR", str(unreadable(given.rootdir, error)))
     if lies_in(given.workdir, given.rootdir):
         refuse(f"--workdir {given.workdir}", "lies inside ROOTDIR: choose one outside")
+
+
+def refuse(thing: str, what: str) -> NoReturn:
+    raise Stop(f"{thing}: {what}", WRONG_CALL)
 
 
 def sendable(text: str) -> bool:
@@ -3229,15 +3178,6 @@ def check_url(text: str) -> str:
     return found[1].lower() + found[2].rstrip("/")
 
 
-def refuse(thing: str, what: str) -> NoReturn:
-    raise Stop(f"{thing}: {what}", WRONG_CALL)
-
-
-def refuse_unreadable(thing: str, path: str, error: OSError) -> NoReturn:
-    trouble = unreadable("", error)
-    refuse(f"{thing} {path}", str(trouble).strip())
-
-
 def read_shard(text: str) -> Tuple[int, int]:
     """K/N as numbers. Raises Stop(2) unless 1 <= K <= N."""
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
@@ -3247,21 +3187,29 @@ def read_shard(text: str) -> Tuple[int, int]:
     return number, shards
 
 
+def bytes_per_second(text: str) -> int:
+    """5M, 500k or plain bytes per second. Raises Stop(2) for anything else."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kmg]?)", text.lower())
+    value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
+    return min(value, 1 << 40) or refuse(
+        f"--limit-rate {text}", "give bytes per second, such as 500k or 5M")
+
+
 def read_config(path: str) -> Tuple[str, ...]:
     """The exclusions in a config file. Raises Stop(2), naming what is wrong in it."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             config = json.load(file, object_pairs_hook=no_key_twice)
     except OSError as error:
-        refuse_unreadable("--config", path, error)
+        refuse("--config", str(unreadable(path, error)))
     except (ValueError, RecursionError) as error:
         text, at = getattr(error, "doc", ""), getattr(error, "pos", 0)
         near = text[:at].rstrip()[-1:] + text[at:].lstrip()  # where it stopped, as people see it
         usual = ("a comma before ] or } is one too many, " if re.match(r"[^,]?,\s*[]}]", near) else
                  "comments are not allowed, " if re.match(".?(#|//|/[*])", near, re.DOTALL) else "")
         line = text[text.rfind("\n", 0, at) + 1:].partition("\n")[0].strip()
-        there = f", in {line[:60]}" if line else ""
-        refuse(f"--config {path}", f"is not JSON in UTF-8 ({usual}{error}{there}): mend it there")
+        refuse(f"--config {path}", f"is not JSON in UTF-8 ({usual}{error}" +
+               f", in {line[:60]}" * bool(line) + "): fix it there")
     names = config.pop("Exclude", []) if isinstance(config, dict) else []
     wrong = [names] if not isinstance(names, list) else [
         each for each in names if not isinstance(each, str) or not each]
@@ -3279,17 +3227,11 @@ def no_key_twice(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return dict(pairs)
 
 
-def bytes_per_second(text: str) -> int:
-    """5M, 500k or plain bytes per second. Raises Stop(2) for anything else."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kmg]?)", text.lower())
-    value = int(float(found[1]) * 1024 ** " kmg".index(found[2] or " ")) if found else 0
-    return min(value, 1 << 40) or refuse(
-        f"--limit-rate {text}", "give bytes per second, such as 500k or 5M")
-
-
-def find_password(settings: Settings) -> Settings:
+def find_password(settings: Settings, teller: Teller) -> Settings:
     """`settings` with the password that PASS - stands for. Raises Stop(2) if there is none."""
     if settings.password != "-":
+        teller.say("PASS: others on this machine can read it in the list of processes: give - and "
+                   "set XNAT_PASS, or use ~/.netrc")
         return settings
     password = os.environ.get("XNAT_PASS", "").rstrip("\r\n")
     password = password or netrc_password(settings.url, settings.user)
@@ -3303,25 +3245,32 @@ def find_password(settings: Settings) -> Settings:
 
 
 def netrc_password(url: str, user: str) -> str:
-    """What ~/.netrc has for this user on this machine, if it has it."""
-    host = re.sub(r"^https?://(\[[^]]*\]|[^/:]*).*", r"\1", url).strip("[]")
+    """What ~/.netrc has for this user on this machine, if it has it. Python's own reader knows
+    one login of a machine only, and before 3.11 no letters beyond ASCII."""
+    host, entry = str(urlsplit(url).hostname), {"machine": ""}
     try:
         with open(os.path.expanduser("~/.netrc"), encoding="utf-8") as file:
-            private = not os.fstat(file.fileno()).st_mode & 0o077
-            # Of several logins on one machine Python's netrc keeps only the last, and before 3.11
-            # it knows no letters beyond ASCII.
-            found = re.search(rf"(?m)^\s*machine\s+{re.escape(host)}\s+login\s+{re.escape(user)}"
-                              r"\s+password\s+([^\s\"]\S*)", file.read())
-        if found and private:
-            return found[1]
-        if found:
-            refuse("~/.netrc", "others can read it: chmod 600 ~/.netrc, or set XNAT_PASS")
-        login, _, password = netrc.netrc().authenticators(host) or ("", "", "")
+            private, text = not os.fstat(file.fileno()).st_mode & 0o077, file.read()
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, netrc.NetrcParseError) as error:
-        refuse("~/.netrc", f"cannot be used ({error}): mend it, or set XNAT_PASS")
-    return password or "" if login == user else ""
+    except (OSError, ValueError) as error:
+        refuse("~/.netrc", f"cannot be used ({error}): fix it, or set XNAT_PASS")
+    text = re.sub(r"(?ms)^\s*(#.*?$|macdef .*?(\n\n|\Z))", "", text)
+    words = iter([plain or re.sub(r"\\(.)", r"\1", quoted) for quoted, plain in re.findall(
+        r'"((?:\\.|[^"\\])*)"|(\S+)', text)])
+    for word in words:
+        if word in ("machine", "default"):
+            entry = {"machine": next(words, "") if word == "machine" else host}
+        elif word in ("login", "account", "password"):
+            entry[word] = next(words, "")
+        else:
+            refuse("~/.netrc", "a word stands where machine, login or password belongs: fix it, or "
+                   "set XNAT_PASS")
+        if (entry["machine"], entry.get("login")) == (host, user) and "password" in entry:
+            if not private:
+                refuse("~/.netrc", "others can read it: chmod 600 ~/.netrc, or set XNAT_PASS")
+            return entry["password"]
+    return ""
 
 
 def check_tools(programs: Programs, teller: Teller) -> None:
@@ -3341,94 +3290,97 @@ def check_tools(programs: Programs, teller: Teller) -> None:
 
 
 def run(settings: Settings, teller: Teller) -> int:
-    """One run from walk to summary; the exit status. Raises Stop, Trouble, OSError."""
-    teller.settings = settings
-    readable, settings = settings.password != "-", find_password(settings)
+    """One run: walk, meet the server, each session, tell; the exit status.
+
+    Raises Stop, Trouble, OSError.
+    """
+    settings = find_password(settings, teller)
     with ExitStack() as stack:
         workdir: Optional[Workdir] = None  # a dry run needs none
         if not settings.dry_run:
             workdir = stack.enter_context(closing(Workdir(settings.workdir)))
-            teller.open_files(settings)
+        teller.open(settings)
+        if workdir and workdir.advice:
+            teller.say(workdir.advice)
+        if settings.insecure:
+            teller.say(f"{settings.url}: its certificate is not checked (--insecure), whoever "
+                       "answers gets login and scans: give its CA with --cacert FILE instead")
         programs = stack.enter_context(closing(Programs()))
         check_tools(programs, teller)
         tree = walk(settings, teller.walking)
-        warn(settings, teller, readable, workdir)
         xnat = Xnat(settings, programs, teller)
         try:
             xnat.meet()
             contents = Contents(xnat, tree.sessions)
             ledger = stack.enter_context(closing(Ledger(settings, xnat.project)))
+            if not settings.nested:
+                check_level(tree, settings)
+            check_exclusions(tree, ledger, settings)
+            find_gone(tree, ledger, settings, teller)
+            teller.begin(tree, xnat)
+            for folder, trouble in look_at_strays(tree):
+                teller.fail(folder, trouble)
+                teller.say(f"{folder}: {trouble}")
             sender = Sender(xnat, workdir, ledger, len(tree.sessions) == 1)
-            return send_all(tree, Upload(tree, contents, sender))
+            return send_all(Upload(tree, contents, sender), teller)
         finally:  # a user has a limited number of server sessions
             programs.stopping.clear()
             with suppress(Stop, Trouble):
                 xnat.close()
 
 
-def warn(settings: Settings, teller: Teller, readable: bool, workdir: Optional[Workdir]) -> None:
-    """What its user should know before anything is sent."""
-    if settings.insecure:
-        teller.say(f"{settings.url}: its certificate is not checked (--insecure), whoever answers "
-                   "gets login and scans: give its CA with --cacert FILE instead")
-    if readable:
-        teller.say("PASS: others on this machine can read it in the list of processes: give - and "
-                   "set XNAT_PASS, or use ~/.netrc")
-    if workdir and workdir.advice:
-        teller.say(workdir.advice)
+def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
+    """Raises Stop(2) if series would be sent that earlier runs left out: was --config forgotten?
+    --again says that it is meant so; either is remembered."""
+    earlier = replace(settings, config=tuple(sorted(ledger.exclusions)))
+    found = [(session, name) for session, name in tree.pairs()
+             if earlier.left_out(name) and not settings.left_out(name)]
+    if found and not settings.again:
+        names = sorted({json.dumps(earlier.left_out(name)) for _, name in found})
+        series = [f"{session.path}/{name}" for session, name in found]
+        refuse("--config", f"earlier runs left out {', '.join(names)}, this one would send "
+               f"{plural(len(found), 'such series', 'such series')} ({some(series, 3)}): give "
+               f"--config as before, or if it is meant so add {again_for(found[0][0])} once")
+    exclusions = set(settings.config) | (set() if found else ledger.exclusions)
+    if exclusions != ledger.exclusions and not settings.dry_run:
+        ledger.add("exclude", names=sorted(exclusions))
 
 
-def send_all(tree: Tree, upload: Upload) -> int:
-    """Send what is not there yet, tell how it went; the exit status."""
-    settings, teller, xnat = upload.settings, upload.teller, upload.xnat
-    ledger = upload.sender.ledger
-    check_exclusions(tree, ledger, settings)
-    too_high = "" if settings.nested else looks_too_high(tree, settings)
-    if too_high:
-        raise Stop(f"ROOTDIR {settings.rootdir}: it looks one level too high (different series in "
-                   f"the folders of {too_high}): give the folder that holds the subjects, or add "
-                   "--nested if series folders hold several series each. The layout is",
-                   WRONG_CALL, LAYOUT)
-    teller.begin(tree, xnat)
-    if not settings.dry_run and not ledger.exclusions.issuperset(settings.config):
-        ledger.add("exclude", names=sorted(ledger.exclusions.union(settings.config)))
-    gone = sorted(ledger.from_here - tree.labels)
-    if gone:
-        teller.say(f"{settings.rootdir}: {plural(len(gone), 'session')} that earlier runs sent "
-                   f"from here have no folder any more ({some(gone, 5)}): see "
-                   "whether that is meant")
-    for folder, trouble in look_at_strays(tree):
-        teller.fail(folder, trouble)
-        teller.say(f"{folder}: {trouble}")
-    status, again = ALL_THERE, True
+def find_gone(tree: Tree, ledger: Ledger, settings: Settings, teller: Teller) -> None:
+    """Tell of sessions that earlier runs sent from here and whose folders are gone; --again says
+    that it is meant so. Raises Stop(2) for a pattern of --only that no folder has, nor had."""
+    gone = [session for label, session in sorted(ledger.from_here.items())
+            if not {label, session.subject_label} & tree.labels  # else it cannot be read
+            and settings.chooses(session.subject, session.name)]
+    known = {each for session in gone for each in settings.matching(session.subject, session.name)}
+    for pattern in sorted(tree.idle - known):
+        refuse(f"--only {pattern}", "no folder of ROOTDIR is called so: give subject or "
+               "subject/session, as the folders go")
+    for session in gone:
+        if not settings.again:
+            teller.gone(session)
+        elif not settings.dry_run:
+            ledger.add("gone", session)
+
+
+def send_all(upload: Upload, teller: Teller) -> int:
+    """Each session, and the end; the exit status."""
+    stop: Optional[Exception] = None
     try:
         upload.go()
         for address in upload.contents.leftovers(upload.whole):
             teller.say(f"{address}: lies in the prearchive beside its archived session: look at it "
                        "there; if it is a copy it may be deleted, nothing of it is needed")
-    except (Stop, OSError) as stop:
-        again = not isinstance(stop, Misplaced)
-        teller.say(str(stop))
-        status = getattr(stop, "status", STOPPED)
-    if teller.saw_only_junk() and not status:
-        teller.say(f"ROOTDIR {settings.rootdir}: none of its files is DICOM: is this the folder "
-                   "that holds the subjects?")
-        status = WRONG_CALL
-    teller.summary(upload, again)
-    return status or (SOME_FAILED if teller.failures else ALL_THERE)
-
-
-def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
-    """Raises Stop(2) if series would be sent that earlier runs left out: was --config forgotten?"""
-    earlier = replace(settings, config=tuple(sorted(ledger.exclusions)))
-    found = [f"{session.path}/{name}" for session, name in tree.pairs()
-             if earlier.left_out(name) and not settings.left_out(name)]
-    if found:
-        names = sorted({earlier.left_out(each.rpartition("/")[2]) for each in found})
-        refuse("--config", f"earlier runs left out {', '.join(map(json.dumps, names))}, this one "
-               f"would send {plural(len(found), 'such series', 'such series')} ({some(found, 3)}): "
-               f"give --config as before, or delete {ledger.path} if it is meant so (the server "
-               "is then asked what it has)")
+        if teller.saw_only_junk():
+            raise Stop(f"ROOTDIR {upload.settings.rootdir}: none of its files is DICOM: give the "
+                       "folder that holds the subjects", WRONG_CALL)
+    except (Stop, OSError) as end:
+        stop = end
+        teller.say(str(end))
+    whole = teller.summary(upload, stop)
+    if stop:
+        return int(getattr(stop, "status", STOPPED))
+    return ALL_THERE if whole else SOME_FAILED
 
 
 def stop_on_signals(teller: Teller) -> None:
@@ -3437,7 +3389,8 @@ def stop_on_signals(teller: Teller) -> None:
     def stop(number: int, _: object) -> None:
         if teller.stopped:
             os._exit(128 + number)
-        teller.stopped = Stop(f"stopped by {signal.Signals(number).name}", 128 + number)
+        teller.stopped = Stop(f"stopped by {signal.Signals(number).name}: run again to finish",
+                              128 + number)
         raise teller.stopped
 
     def lost(unraisable: Any) -> None:  # Python drops what is raised within a __del__
@@ -3445,7 +3398,6 @@ def stop_on_signals(teller: Teller) -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = lost
-
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores HUP, and is right
             signal.signal(each, stop)
@@ -3460,11 +3412,15 @@ def main() -> int:
     try:
         stop_on_signals(teller)
         return run(read_options(sys.argv[1:]), teller)
-    except (Stop, Trouble) as end:
-        teller.say(str(end), getattr(end, "drawing", ""))
-        return int(getattr(end, "status", STOPPED))
+    except Stop as end:
+        teller.say(str(end))
+        put(sys.stderr, end.drawing and end.drawing + "\n")
+        return end.status
+    except Trouble as trouble:
+        teller.say(str(trouble))
+        return STOPPED
     except OSError as error:
-        teller.say(f"{error.filename or 'the system'}: {error.strerror}: mend it, then run again")
+        teller.say(f"{error.filename or 'the system'}: {error.strerror}: fix it, then run again")
         return STOPPED
 
 

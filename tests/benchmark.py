@@ -332,8 +332,8 @@ class Ran:
 
 
 def run(command: List[str], folder: Path, more: Dict[str, str], work: Path,
-        watched: bool = False) -> Ran:
-    """Run it to its end. Raises Failed if that was not 0."""
+        watched: bool = False, wanted: int = 0) -> Ran:
+    """Run it to its end. Raises Failed if that was another than was wanted."""
     usage, over = Usage(), threading.Event()
     with (folder / "output").open("w+", errors="replace") as output:
         started, before = time.monotonic(), os.times()
@@ -350,7 +350,7 @@ def run(command: List[str], folder: Path, more: Dict[str, str], work: Path,
             thread.join()
         output.seek(0)
         last = " ".join(output.read().split()[-40:])
-    if status:
+    if status != wanted:
         raise Failed("exit status %d: %s" % (status, last))
     return Ran(seconds, after[2] + after[3] - before[2] - before[3], usage)
 
@@ -592,7 +592,7 @@ def plan_many(small: bool, scratch: Path) -> None:
                 "--workdir", str(work)]
         print("\nplan: %d sessions, %d series of one tiny file" % (sessions, sessions * 10))
         try:
-            timed("looked at (--dry-run)", call + ["--dry-run"], scratch, work)
+            timed("looked at (--dry-run)", call + ["--dry-run"], scratch, work, status=1)
             some = call + ["--only", "s000*"]
             timed("500 of the series sent", some, scratch, work)
             timed("run again, all there", some, scratch, work)
@@ -602,9 +602,9 @@ def plan_many(small: bool, scratch: Path) -> None:
             print("  failed: " + str(failed)[:300])
 
 
-def timed(text: str, command: List[str], scratch: Path, work: Path) -> None:
+def timed(text: str, command: List[str], scratch: Path, work: Path, status: int = 0) -> None:
     """Run it, and tell its time and memory."""
-    ran = run(command, scratch, {}, work, watched=sys.platform == "linux")
+    ran = run(command, scratch, {}, work, sys.platform == "linux", status)
     memory = ", Python %.0f MB" % (ran.usage.own / MB) if ran.usage.own else ""
     print("  %-26s %6.1f s%s" % (text, ran.seconds, memory), flush=True)
 

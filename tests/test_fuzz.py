@@ -255,7 +255,8 @@ class FuzzTest(UploadTest):
             self.assertEqual(first, second, "two plans of one tree")
             asked = len(server.requests)
             ran = self.upload(server, *options, "--retries", "0")
-            self.assertEqual(plans[0].status, ran.status, plans[0].text + ran.text)
+            missing = int("would send " in plans[0].out)
+            self.assertEqual(plans[0].status, ran.status or missing, plans[0].text + ran.text)
             if self.meet_in_a_label(tree):
                 self.assertEqual((ran.status, asked), (2, 0), ran.text)
                 return self.end()
@@ -358,7 +359,8 @@ class FuzzTest(UploadTest):
                 self.assertIn("--config", ran.err, repr(raw))
                 self.assertEqual(ran.err.count("\n"), 1, f"{raw!r}: {ran.err}")
                 continue
-            self.assertEqual(ran.status, 0, f"{raw!r}: {ran.text}")
+            self.assertIn(ran.status, (0, 1), f"{raw!r}: {ran.text}")
+            self.assertEqual(ran.status, int("would send" in ran.out), f"{raw!r}: {ran.text}")
             for name in names:
                 out = any(each.lower() in name.lower() for each in wanted)
                 self.assertRegex(

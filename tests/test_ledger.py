@@ -6,6 +6,7 @@ import unittest
 from typing import Callable, List
 
 from tests.faults import COMMIT, HELD, IMPORT, THERE, FaultTest
+from tests.support import drop_root_rights
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -152,6 +153,76 @@ class WhatItSpares(LedgerTest):
                            if each.method == "DELETE")
             self.assertEqual([each for each in server.requests[farewell:] if "007" in each.path],
                              [])
+
+
+class WhatIsGone(LedgerTest):
+    """Folders that an earlier run knew with images: their absence is told until it is settled."""
+
+    PATHS = "007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001"
+
+    def gone(self, server: Standin, *options: str, words: str) -> None:
+        """A run that says so under a heading of its own, and ends with 1; nothing is sent."""
+        ran = self.run_it(server, *options, status=1, posts=0, words=words)
+        self.assertRegex(ran.out, r"(?m)^Gone \(\d\):$")
+        self.assertIn("put it back, or if it is meant so add --overwrite-files --again --only ",
+                      ran.out)
+        self.assertNotIn("All is there", ran.out)
+
+    def test_a_session_without_its_folder_is_told_until_the_folder_or_again_settles_it(
+            self) -> None:
+        self.tree(*self.PATHS)
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=3)
+            (self.root / "008").rename(self.folder / "008")
+            for options in ((), ("-q",), ("-n",), ("--only", "008/pre"), ("--only", "00*")):
+                with self.subTest(options):
+                    self.gone(server, *options, words="\n  008_pre: .*now there are none")
+            self.stays_so(server, "--only", "007")  # tells of its own only
+            (self.folder / "008").rename(self.root / "008")
+            self.stays_so(server)
+            (self.root / "008").rename(self.folder / "008")
+            again = "--overwrite-files", "--again", "--only", "008/pre"
+            self.run_it(server, "-n", *again, status=0)  # remembers nothing
+            self.gone(server, words="008_pre")
+            self.run_it(server, *again, status=0, posts=0, words="All is there")
+            self.stays_so(server)
+            self.run_it(server, "--only", "008", status=2, words="--only 008")  # a mistake now
+            (self.folder / "008").rename(self.root / "008")
+            self.stays_so(server)
+            self.assert_whole(server)
+
+    def test_what_cannot_be_read_is_not_gone(self) -> None:
+        self.tree(*self.PATHS)
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=3)
+            self.addCleanup((self.root / "008").chmod, 0o700)
+            (self.root / "008").chmod(0)
+            ran = self.upload(server, preexec=drop_root_rights)
+        if ran.status:  # permission bits do not hold everywhere
+            self.assertIn("008: the folder cannot be read", ran.out)
+        self.assertNotIn("Gone", ran.out)
+
+    def test_a_series_without_images_is_told_until_its_folder_or_again_settles_it(self) -> None:
+        self.tree(*self.PATHS)
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=3)
+            series, place = self.root / "007/pre/B_0002", self.folder / "B_0002"
+            series.rename(place)
+            for make in (lambda: None, series.mkdir):  # gone, then empty
+                make()
+                for options in ((), ("-q",), ("-n",), ()):
+                    with self.subTest(options, make=make):
+                        self.gone(server, *options, words=r"\n  007_pre B_0002: .*none")
+            self.stays_so(server, "--only", "008")
+            series.rmdir()
+            place.rename(series)
+            self.stays_so(server)
+            self.stays_so(server)
+            series.rename(place)
+            self.gone(server, words="007_pre B_0002")
+            self.run_it(server, "--overwrite-files", "--again", "--only", "007/pre", status=0,
+                        posts=1, words="All is there")
+            self.stays_so(server)
 
 
 class WithoutIt(LedgerTest):

@@ -156,7 +156,7 @@ class OldCurl(UploadTest):
                     ("--insecure", "--review", "--only", "008/pre", "--again"),
                     ("--insecure", "--dry-run", "--only", "008/pre")):
                 ran = self.upload(server, *options_given, password="-", environment=path)
-                self.assertEqual(ran.status, 0, ran.text)
+                self.assertEqual(ran.status, 0, ran.text)  # 008/pre is there by then
         used = self.used()
         self.assertLessEqual({"cacert", "insecure", "limit-rate", "form", "url", "user"}, used)
         self.assertEqual(used - CURL_7_61, set())

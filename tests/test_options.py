@@ -215,11 +215,12 @@ class RememberedExclusions(Refusals):
         before = len(server.imports())
         ran = self.upload(server, *options)
         self.assert_refused(ran, 2, "--config", '"scout"', "007/pre/SCOUT",
-                            str(self.work / "dicomUpload.ledger"))
+                            "--overwrite-files --again --only 007/pre")
         self.assertEqual(len(server.imports()), before)
         return ran
 
-    def test_fewer_exclusions_stop_the_run_until_the_ledger_is_deleted(self) -> None:
+    def test_fewer_exclusions_stop_the_run_until_again_says_that_it_is_meant_so(self) -> None:
+        self.series("009/pre/SCOUT", files=1)
         with self.xnat() as server:
             self.run_it(server, "--config", self.config("scout"), status=0, posts=2)
             for options in ((), ("--dry-run",), ("--overwrite-files",),
@@ -228,9 +229,21 @@ class RememberedExclusions(Refusals):
                     self.stop(server, *options)
             self.assertEqual(len(server.stored("007_pre")), 1)
             self.run_it(server, "--config", self.config("scout"), status=0, posts=0)
-            (self.work / "dicomUpload.ledger").unlink()  # as the message says: it is meant so
+            # As the message says, for one session; from then on the others' go as well.
+            again = "--overwrite-files", "--again", "--only", "007/pre"
+            self.assertEqual(self.upload(server, "--dry-run", *again).status, 1)
+            self.stop(server)  # a dry run remembers nothing
+            self.run_it(server, *again, status=0, posts=2)
             self.run_it(server, status=0, posts=1)
-            self.assert_archived(server, "007_pre", self.tree("007/pre"))
+            for session in "007/pre", "008/pre", "009/pre":
+                self.assert_archived(server, session.replace("/", "_"), self.tree(session))
+
+    def test_without_what_earlier_runs_left_out_again_forgets_none_of_it(self) -> None:
+        with self.xnat() as server:
+            self.run_it(server, "--config", self.config("scout"), status=0, posts=2)
+            again = "--overwrite-files", "--again", "--only", "008"
+            self.run_it(server, *again, status=0, posts=1)  # it has no such series
+            self.stop(server)
 
     def test_more_or_broader_exclusions_are_fine_and_are_remembered_too(self) -> None:
         with self.xnat() as server:
@@ -297,11 +310,22 @@ class Choosing(Refusals):
             self.assertEqual(server.labels(), ["007_pre"])
             self.assert_archived(server, "007_pre", wanted)
 
+    def test_a_slash_at_the_end_and_the_sessions_label_are_understood(self) -> None:
+        self.root.mkdir()
+        sessions = [("007", "post"), ("007", "pre"), ("008", "a b"), ("A", "b"), ("A_b", "c")]
+        for pattern, wanted in (("007/", [0, 1]), ("007/pre/", [1]), ("007_pre", [1]),
+                                ("008_a_b", [2]), ("*/", [0, 1, 2, 3, 4]), ("A_*", [4]),
+                                ("007_p", []), ("007_PRE", [])):
+            with self.subTest(pattern):
+                chooses = settings(self.root, "--only", pattern).chooses
+                self.assertEqual([number for number, each in enumerate(sessions)
+                                  if chooses(*each)], wanted)
+
     def test_a_pattern_that_could_never_choose_is_refused(self) -> None:
         self.series("007/pre/T1")
         rows: List[Row] = [(pattern, self.arguments(NOWHERE, "--only", pattern),
                             [f"--only {pattern}", "subject/session"])
-                           for pattern in ("007/pre/T1", "/007", "/", "a//b")]
+                           for pattern in ("007/pre/T1", "/007", "/", "a//b", "007//")]
         rows.append(("empty", self.arguments(NOWHERE, "--only", ""), ["--only"]))
         self.assert_table(2, rows)
 
@@ -398,8 +422,8 @@ class DryRun(Refusals):
 
         with self.xnat() as server:
             before = everything()
-            ran = self.dry_run(server, "-n", "--config", str(EXCLUSIONS), status=0)
-            self.assert_says(ran, 0, "4 left out")
+            ran = self.dry_run(server, "-n", "--config", str(EXCLUSIONS), status=1)
+            self.assert_says(ran, 1, "4 left out")
             self.assertEqual(everything(), before)
             self.assertEqual({each.method for each in server.requests
                               if "/JSESSION" not in each.path}, {"GET"})
@@ -523,7 +547,7 @@ class Options(Refusals):
         with self.xnat() as server:
             arguments = self.arguments(server.url)
             arguments[2:2] = ["--dry-run", "--procs", "2"]
-            self.assert_says(self.run_command(arguments), 0, "would send")
+            self.assert_says(self.run_command(arguments), 1, "would send")
 
     def test_the_seeds_call_works_word_for_word(self) -> None:
         readme_tree(self.root, files=1)
@@ -743,7 +767,7 @@ class Password(Refusals):
         path.chmod(mode)
 
     def let_in(self, server: Standin, environment: Optional[Dict[str, str]] = None) -> None:
-        self.run_it(server, "--dry-run", status=0, password="-", environment=environment)
+        self.dry_run(server, password="-", environment=environment)
 
     def test_it_comes_from_xnat_pass_then_from_netrc(self) -> None:
         with self.xnat() as server:
@@ -754,6 +778,14 @@ class Password(Refusals):
                     ("several lines", "machine 127.0.0.1\n  login alice\n  password s3cret\n"),
                     ("beside another machine", "machine other login alice password wrong\n"
                      "machine 127.0.0.1 login alice password s3cret\n"),
+                    ("in quotes", 'machine 127.0.0.1 login alice password "s3cret"\n'),
+                    ("the password first", "machine 127.0.0.1 password s3cret login alice\n"),
+                    ("of any machine", "default login alice password s3cret\n"),
+                    ("letters of all kinds", "machine other login \u00e4 password \u6d88\n"
+                     "machine 127.0.0.1 login alice password s3cret\n"),
+                    ("after a comment and a macro", "#machine 127.0.0.1 login alice password x\n"
+                     "macdef init\nmachine 127.0.0.1 login alice password x\n\n"
+                     "machine 127.0.0.1 login alice account a password s3cret\n"),
                     ("before somebody else", "machine 127.0.0.1 login alice password s3cret\n"
                      "machine 127.0.0.1 login bob password b0b\n"),
                     ("after somebody else", "machine 127.0.0.1 login bob password b0b\n"
@@ -805,7 +837,7 @@ class Password(Refusals):
         self.assertNotIn("s3cret", shown)
 
     def test_it_is_in_no_output_no_file_and_no_childs_arguments(self) -> None:
-        password = "p\"a's \\w;#,: $(x)\u00fc4711"
+        password = "p\"a's \\w;#,: $(x)\u00fchunter2"
         seen = self.folder / "seen"
         seen.mkdir()
         spy = "{ printf '%%s\\n' \"$@\"; env; } >'%s'/$$\nexec '%s' \"$@\"\n"
@@ -826,7 +858,8 @@ class Password(Refusals):
                  if path.is_file()]
         self.assertGreater(len(files), 10)
         text += "".join(path.read_text(encoding="utf-8") for path in files)
-        for secret in (password, "4711", base64.b64encode(f"alice:{password}".encode()).decode()):
+        pair = base64.b64encode(f"alice:{password}".encode()).decode()
+        for secret in (password, "hunter2", pair):
             self.assertNotIn(secret, text)
 
     def test_one_that_begins_with_a_dash_is_not_repeated(self) -> None:

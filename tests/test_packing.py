@@ -272,7 +272,7 @@ class TheWorkdir(RunningTest):
             self.assertEqual(ran.status, 3, ran.text)
             self.assertRegex(ran.err, r"dicomUpload: .*[Nn]o space.*make room")
             self.assertIn("\nNot finished: 007_pre, 008_pre, 009_pre\n", ran.out)
-            self.assertIn("Run the same command again", ran.out)
+            self.assertIn("First fix the 1 above, then run the same command again", ran.out)
             server.knobs.reject = ()
             filler.unlink()
             self.completes(server)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import unicodedata
 import unittest
 from pathlib import Path
@@ -129,7 +130,7 @@ class DryRun(Messy):
                           "Nothing was sent. To send: python3 "):
                 self.assertIn(words, dry.out)
             only = self.upload(server, "-n", "--only", "009/*")
-            self.assertEqual(only.status, 0, only.text)
+            self.assertEqual(only.status, 1, only.text)  # something is missing
             command = only.out.rpartition("To send: ")[2].strip()
             self.assertNotRegex(command, r"s3cret| (-n|--dry-run)\b")
             ran = self.run_command(["sh", "-c", command.replace("python3", sys.executable, 1)],
@@ -145,6 +146,16 @@ class DryRun(Messy):
             write_series(self.root / "007/pre/T2_FLAIR_0012", study=uid("007", "pre"), number=12,
                          files=3)
             dry = self.upload(server, "-n")
+            for options in ((), ("-q",)):
+                self.assertEqual(self.upload(server).status, 0)
+                proof = self.upload(server, "-n", *options)
+                self.assertEqual(proof.status, 0, proof.text)
+                self.assertTrue(proof.out.endswith("\nAll is there.\n"), proof.out)
+            (server.archive["BRAIN", "007_pre"].scans.clear())
+            gone = self.upload(server, "-nq", "--only", "007")
+        self.assertEqual((dry.status, gone.status), (1, 1), "something is missing")
+        self.assertRegex(gone.out, r"(?m)^2 sessions: .*\b1 would be sent\b")
+        self.assertRegex(gone.out, r"To send: python3 .* -q --only 007\n$")
         self.assertEqual(len(listed(dry.out, "already there")), 9)
         self.assertEqual(listed(dry.out, "would send"), [
             ("007_pre", "T2_FLAIR_0012", "1 file, 1.6 kB; 2 files already there")])
@@ -205,9 +216,9 @@ class Screen(Messy):
         self.assertEqual(last[at + 1:at + 5], [
             "  S000_pre T1: IM0.dcm is a link to nothing",
             "      and 39 more like it: S001_pre T1, S002_pre T1, S003_pre T1 and 36 more",
-            "      mend or remove it, then run again", ""])
+            "      fix or remove it, then run again", ""])
         self.assertIn("40 sessions: 40 not there.", last)
-        self.assertRegex("\n".join(last), r"\nFix what failed, then run the same command again")
+        self.assertRegex("\n".join(last), r"\nFirst fix the 40 above, then run the same command ")
         rows = self.report()
         self.assertEqual(len(rows), 40)
         self.assertTrue(all("is a link to nothing" in row["message"] for row in rows))
@@ -235,6 +246,24 @@ class Progress(Messy):
                     amounts = set(re.findall(r"\[0 of 1 session  ([\d.]+ MB)", "\n".join(moving)))
                     self.assertGreaterEqual(len(amounts), 3, moving)
                     self.assertRegex("\n".join(moving), r"MB/s  about \d+ s left\]  007_pre ")
+
+    def test_it_is_drawn_ten_times_a_second_at_most(self) -> None:
+        for number in range(150):
+            (self.root / f"{number:03}/pre/T1").mkdir(parents=True)
+        # A share on which each folder takes a moment: the walk moves on 200 times a second.
+        slow = self.folder / "site"
+        slow.mkdir()
+        (slow / "sitecustomize.py").write_text(
+            "import sys, time\nsys.addaudithook(lambda event, _: event == 'os.scandir' and "
+            "time.sleep(0.005))\n")
+        began = time.monotonic()
+        with self.xnat() as server:
+            shown = self.on_terminal(server, 80, "-n", PYTHONPATH=str(slow))
+        took = time.monotonic() - began
+        drawn = [state for state in screen(shown) if state.startswith("[")]
+        self.assertIn("[walking: ", drawn[0])
+        self.assertGreater(len(drawn), 5)
+        self.assertLessEqual(len(drawn), 10 * took + 1)
 
     def test_a_long_upload_shows_life_in_a_cron_log_and_a_quiet_one_does_not(self) -> None:
         write_series(self.root / "007/pre/T1", study=uid("p"))
@@ -267,11 +296,11 @@ class Summary(Messy):
             again = self.upload(server, "--config", str(EXCLUSIONS))
             self.assertEqual(again.status, 0, again.text)
         self.assertIn("\nFailed (1):\n  007_pre T2_FLAIR_0012: lost is a link to nothing\n"
-                      "      mend or remove it, then run again\n\n"
+                      "      fix or remove it, then run again\n\n"
                       "4 sessions: 3 archived, 1 held back in the prearchive.\n"
                       "10 series: 5 sent, 4 left out, 1 not sent.\n20 files, 32 kB in ", ran.out)
-        self.assertRegex(ran.out, r"\nFix what failed, then run the same command again to finish: "
-                                  r"python3 .*\n$")
+        self.assertRegex(ran.out, r"\nFirst fix the 1 above, then run the same command again to "
+                                  r"finish: python3 .*\n$")
         for line in ran.out.splitlines():
             self.assertIn(line, log)
         self.assertIn("\n4 sessions: 3 already there, 1 archived.\n"
@@ -288,6 +317,16 @@ class Summary(Messy):
             ran = self.upload(server, "--retries", "0")
         self.assertNotEqual(ran.status, 0)
         self.assertRegex(ran.out, r"\nRun the same command again to finish: python3 .*\n$")
+
+    def test_what_must_be_fixed_is_counted_and_what_heals_is_not(self) -> None:
+        self.many(1)
+        write_series(self.root / "S001/pre/T1", study=uid("p"))
+        with self.xnat() as server:
+            server.fail("status", IMPORT, status=503, times=None)
+            ran = self.upload(server, "--retries", "0")
+        self.assertEqual(ran.status, 1, ran.text)
+        self.assertRegex(ran.out, r"\nFailed \(2\):\n  S000_pre T1: IM0.dcm is a link to nothing\n")
+        self.assertRegex(ran.out, r"\nFirst fix 1 of the 2 above, then run the same command again ")
 
     def test_after_a_stop_the_failures_come_first_and_one_line_for_the_rest(self) -> None:
         self.many(1)
@@ -336,7 +375,7 @@ class Report(Messy):
         self.assertEqual(flair["server's address"],
                          "/data/projects/BRAIN/subjects/007/experiments/007_pre")
         held = found["008_post T1-MPRAGE_0011"]
-        self.assertIn("mend or remove it", held["message"])
+        self.assertIn("fix or remove it", held["message"])
         self.assertEqual(held["status"], "not sent")
         for name, status in (("007_post JJWANGS_PCASL_0006", "left out"),
                              ("007_pre empty", "no DICOM"), ("010_two T1", "not sent")):
@@ -360,19 +399,19 @@ class Report(Messy):
 
 class SmallWords(unittest.TestCase):
     def test_failures_of_one_kind_are_known_by_their_words(self) -> None:
-        def kind(what: str, to_do: str = "x") -> str:
-            return dicomUpload.Failure("", what, to_do).kind
+        def kinds(*troubles: Tuple[str, str]) -> int:
+            return len(dicomUpload.alike([("", dicomUpload.Trouble(*each)) for each in troubles]))
 
         for one, other in (("a.dcm is a link to nothing", "b is a link to nothing"),
                            ("damaged: a is empty", "damaged: IM2 ends within its data, c is empty"),
                            ("x cannot be read (Permission denied)", "y/z cannot be read (Other)"),
                            ("XNAT has 3 of its 5 files", "XNAT has 1 of its 1 file"),
                            ("no (HTTP 400, a: IM1.dcm)", "no (HTTP 400, a: IM2.dcm)")):
-            self.assertEqual(kind(one), kind(other))
+            self.assertEqual(kinds((one, "x"), (other, "x")), 1, one)
         for one, other in (("a is a link to nothing", "a is unfinished, by its name"),
                            ("no (HTTP 400, disk full)", "no (HTTP 400, not DICOM)")):
-            self.assertNotEqual(kind(one), kind(other))
-        self.assertEqual(kind("a", "add --only 007/pre"), kind("a", "add --only 008/pre"))
+            self.assertEqual(kinds((one, "x"), (other, "x")), 2, one)
+        self.assertEqual(kinds(("a", "add --only 007/pre"), ("a", "add --only 008/pre")), 1)
 
     def test_sizes_times_and_numbers_are_for_people(self) -> None:
         for given, words in ((0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"),
@@ -396,9 +435,9 @@ class Secrets(UploadTest):
         found = {}
         for place in Path("/proc").glob("[0-9]*"):
             try:
+                command = (place / "cmdline").read_bytes()  # first: exec may come in between
                 environment = (place / "environ").read_bytes()
                 if os.fsencode(f"HOME={self.home}\0") in environment:
-                    command = (place / "cmdline").read_bytes()
                     found[place.name] = command + b"\0ENVIRONMENT\0" + environment
             except OSError:  # it has ended
                 continue

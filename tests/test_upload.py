@@ -266,6 +266,7 @@ class Stops(RunningTest):
     def test_after_a_stop_the_halves_in_the_prearchive_are_named_and_each_series_has_a_row(
             self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001")
+        # What no other run heals by itself is to be fixed first.
         for kind, more in (("disable account", {}), ("login page", {}),
                            ("other project", {}), ("redirect", {"location": "https://[xnat/"})):
             with self.subTest(kind), self.xnat() as server:
@@ -279,7 +280,7 @@ class Stops(RunningTest):
                 self.assertEqual(server.commits(), [])
                 self.tidy(ran)
                 self.assertEqual(kind == "other project",
-                                 "Run the same command again" not in ran.out)
+                                 "run the same command again" not in ran.out)
 
     def test_what_an_earlier_run_left_in_part_is_named_after_a_stop_too(self) -> None:
         self.tree()

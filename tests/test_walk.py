@@ -88,7 +88,8 @@ class Names(TreeTest):
             self.run_it(server, "--only", "007", status=1)
             dry = self.dry_run(server, status=1)
             ran = self.run_it(server, status=1)
-            self.run_it(server, "--only", "008/none", status=0)
+            self.series("009/pre/T1")
+            self.run_it(server, "--only", "009", status=0)  # another's is not its business
             self.assertEqual(server.stored("007_pre"), sorted(wanted))
             self.assertEqual(len(server.stored("008_pre")), 2)
         for said in (dry, ran):
@@ -458,17 +459,28 @@ class Slices(TreeTest):
             self.assertEqual("007_pre" in shard, "007_post" in shard)
         self.assertGreaterEqual(found.count([]), 2)  # a shard with nothing in it is no failure
 
-    def test_a_choice_of_nothing_ends_with_0_and_names_what_chose_nothing(self) -> None:
+    def test_a_pattern_that_no_folder_has_is_a_mistake_and_named(self) -> None:
+        (self.root / "009").mkdir()
         with self.xnat() as server:
             choices = [("--only", "zzz*"), ("--only", "007/zzz"), ("--only", "zzz", "--dry-run"),
-                       ("--only", "PRE/007"), ("--only", "008", "--only", "zzz")]
+                       ("--only", "PRE/007"), ("--only", "008", "--only", "zzz"),
+                       ("--only", "zzz", "--again"), ("--only", "zzz", "--shard", "1/2")]
             calls = [self.arguments(server.url, *options) for options in choices]
             for options, ran in zip(choices, self.run_many(calls)):
                 with self.subTest(options):
-                    self.assertEqual(ran.status, 0, ran.text)
-                    self.assertTrue("zzz" in ran.text or "PRE/007" in ran.text, ran.text)
-            self.assertEqual(server.labels(), ["008_pre"])
-            self.assertEqual(len(server.imports()), 1)
+                    self.assertEqual(ran.status, 2, ran.text)
+                    self.assertRegex(ran.err, r"--only (zzz\*?|007/zzz|PRE/007): .*subject/session")
+            self.assert_nothing_there(server)
+
+    def test_a_slice_with_nothing_in_it_ends_with_0(self) -> None:
+        (self.root / "009").mkdir()
+        with self.xnat() as server:
+            slices = [("--only", "007", "--shard", f"{number}/3") for number in (1, 2, 3)]
+            slices += [("--only", "009"), ("--only", "008", "--config", self.config("T1"))]
+            for options in slices:
+                with self.subTest(options):
+                    self.run_it(server, *options, status=0)
+            self.assertEqual(server.labels(), ["007_post", "007_pre"])
 
 
 class BeforeTheLogin(TreeTest):

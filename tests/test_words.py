@@ -105,11 +105,6 @@ class Screen(Words):
             ("", 0), ("abc", 3), ("\u00fc", 1), ("u\u0308", 1), ("\u65e5\u672c", 4),
             ("\uff21", 2), ("\uff71", 1)])
 
-    def test_what_does_not_fit_is_cut(self) -> None:
-        self.table(dicomUpload.fitting, [
-            (("abc", 3), "abc"), (("abcd", 3), "abc"), (("\u65e5\u672c", 3), "\u65e5"),
-            (("a\nb", 4), "a\\nb"), (("abc", 0), "")])
-
     def test_lines_break_between_words_and_no_word_is_lost(self) -> None:
         for text in ("", "a", "one two three four five six seven eight nine ten",
                      "007_pre  T1      sent       3 files", "    indented words that go on and on",

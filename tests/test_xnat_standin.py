@@ -1932,6 +1932,13 @@ class AnotherProcess(unittest.TestCase):
             self.assertIn("dicomUpload.py %s alice s3cret BRAIN" % url, self.told[2])
             self.assertEqual(self.stop(number), (0, ""))
 
+    def test_a_port_that_is_taken_is_told_in_one_line(self) -> None:
+        port = self.start().rpartition(":")[2]
+        done = subprocess.run([sys.executable, "-m", "tests.xnat_standin", "--port", port],
+                              cwd=str(TOP), text=True, stderr=subprocess.PIPE, check=False)
+        self.assertEqual(done.returncode, 3)
+        self.assertRegex(done.stderr, rf"\Aport {port}: .*in use.*--port\n\Z")
+
     def test_it_can_be_asked_and_told_from_outside(self) -> None:
         url = self.start()
         admin = url + "/_standin/"

@@ -3119,10 +3119,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with Standin(port=options.port, context_path=options.context_path, tls=options.tls,
-                 projects=projects, version=options.version, rate=options.rate,
-                 seconds_per_file=options.seconds_per_file, drain=options.drain,
-                 idle_seconds=options.idle_seconds) as xnat:
+    try:
+        standin = Standin(port=options.port, context_path=options.context_path, tls=options.tls,
+                          projects=projects, version=options.version, rate=options.rate,
+                          seconds_per_file=options.seconds_per_file, drain=options.drain,
+                          idle_seconds=options.idle_seconds)
+    except OSError as error:
+        parser.exit(3, "port %d: %s: give another as --port\n" % (options.port, error.strerror))
+    with standin as xnat:
         print("XNAT stand-in %s at %s" % (options.version, xnat.url))
         print("login alice s3cret, project BRAIN")
         print("python3 dicomUpload.py %s alice s3cret BRAIN ROOTDIR" % xnat.url, flush=True)
