@@ -2934,9 +2934,9 @@ def said_of(series: Series) -> str:
 
 def row_of(outcome: Outcome, series: Series, url: str = "") -> Dict[str, Any]:
     """A series in the report."""
-    session, message = outcome.session, "; ".join(map(str, troubles(series))) or series.message
-    if not message and outcome.where not in ("archived", "there"):
-        message = str(outcome.trouble or ENDS.get(outcome.where, outcome.where))
+    session = outcome.session
+    end = "" if outcome.where in ("archived", "there") else ENDS.get(outcome.where, outcome.where)
+    message = "; ".join(map(str, troubles(series))) or series.message or str(outcome.trouble or end)
     return {
         "subject": session.subject, "session": session.name, "series": series.name,
         "label": session.label, "status": series.status, "files": series.there,
