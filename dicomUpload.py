@@ -501,7 +501,7 @@ def unreadable(thing: str, error: OSError) -> Trouble:
     """The same words for every file or folder that the system refuses to show."""
     known = {errno.EACCES: (f"cannot be read ({error.strerror})", "give yourself read permission"),
              errno.ENOENT: ("does not exist", "check the name or link"),
-             errno.ELOOP: ("is a link that goes round in circles", "mend it"),
+             errno.ELOOP: ("is a link that goes round in circles", "fix it"),
              errno.ENOTDIR: ("is a file", "give a folder"),
              errno.EISDIR: ("is a folder", "give a file")}
     what, to_do = known.get(error.errno or 0, (f"cannot be read ({error.strerror})",
@@ -2000,7 +2000,7 @@ class Ledger:
             if not raw.endswith(b"\n") and not settings.dry_run:
                 self._write(b"\n")
         except OSError as error:
-            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): mend it, or delete "
+            raise Stop(f"ledger {self.path}: cannot be used ({error.strerror}): fix it, or delete "
                        "it (the server is then asked what it has)")
 
     def _take(self, line: Dict[str, Any], at: int) -> None:
