@@ -2679,6 +2679,7 @@ class Screen:
         self._tell(text, sys.stderr, "dicomUpload: ")
 
     def _tell(self, text: str, stream: Optional[TextIO], before: str = "") -> None:
+        """A line to the log, and to this stream; on a terminal with breaks and colours."""
         with self._lock:
             self._write("log", f"{now()} {printable(text)}\n")
             if stream:
@@ -2855,12 +2856,12 @@ class Teller(Screen):
             self.report(outcome)
 
     def _series(self, outcome: Outcome, series: Series) -> None:
-        dry, need, found = self.settings.dry_run, series.wants_a_person(), troubles(series)
+        """One of its series: what became of it, and what lies in its folder and was not sent."""
         if not series.status or series.problems and series.status == "already there":
-            good = dry and not (series.problems or outcome.trouble)
+            good = self.settings.dry_run and not (series.problems or outcome.trouble)
             series.status = "would send" if good else "not sent"
         self._statuses[series.status] += 1
-        for trouble in found:
+        for trouble in troubles(series):
             self.fail(f"{outcome.session.label} {series.name}", trouble)
         for kind, names in (("damaged", series.damaged), ("packed", series.packed),
                             ("copies", series.copies), ("not DICOM", series.not_dicom),
@@ -2868,7 +2869,8 @@ class Teller(Screen):
             self._kinds[kind] += len(names)
             for name in names:
                 self._tell(f"{kind}: {outcome.session.path}/{series.name}/{name}", None)
-        if dry or need or self.verbose:
+        need = series.wants_a_person()
+        if need or self.verbose or self.settings.dry_run:
             widths, name = self._widths, printable(series.name)
             self.line(f"{outcome.session.label:<{widths[0]}}  {name:<{widths[1]}}  "
                       f"{series.status:<13}  {said_of(series)}".rstrip(), need)
