@@ -501,7 +501,7 @@ def unreadable(thing: str, error: OSError) -> Trouble:
     """The same words for every file or folder that the system refuses to show."""
     known = {errno.EACCES: (f"cannot be read ({error.strerror})", "give yourself read permission"),
              errno.ENOENT: ("does not exist", "check the name or link"),
-             errno.ELOOP: ("is a link that goes round in circles", "mend it"),
+             errno.ELOOP: ("is a link that goes round in circles", "fix it"),
              errno.ENOTDIR: ("is a file", "give a folder"),
              errno.EISDIR: ("is a folder", "give a file")}
     what, to_do = known.get(error.errno or 0, (f"cannot be read ({error.strerror})",
@@ -2620,6 +2620,7 @@ class Screen:
         self._tell(text, sys.stderr, "dicomUpload: ")
 
     def _tell(self, text: str, stream: Optional[TextIO], before: str = "") -> None:
+        """A line to the log, and to this stream; on a terminal with breaks and colours."""
         with self._lock:
             self._write("log", f"{now()} {printable(text)}\n")
             if stream:
@@ -2796,12 +2797,12 @@ class Teller(Screen):
             self.report(outcome)
 
     def _series(self, outcome: Outcome, series: Series) -> None:
-        dry, need, found = self.settings.dry_run, series.wants_a_person(), troubles(series)
+        """One of its series: what became of it, and what lies in its folder and was not sent."""
         if not series.status or series.problems and series.status == "already there":
-            good = dry and not (series.problems or outcome.trouble)
+            good = self.settings.dry_run and not (series.problems or outcome.trouble)
             series.status = "would send" if good else "not sent"
         self._statuses[series.status] += 1
-        for trouble in found:
+        for trouble in troubles(series):
             self.fail(f"{outcome.session.label} {series.name}", trouble)
         for kind, names in (("damaged", series.damaged), ("packed", series.packed),
                             ("copies", series.copies), ("not DICOM", series.not_dicom),
@@ -2809,7 +2810,8 @@ class Teller(Screen):
             self._kinds[kind] += len(names)
             for name in names:
                 self._tell(f"{kind}: {outcome.session.path}/{series.name}/{name}", None)
-        if dry or need or self.verbose:
+        need = series.wants_a_person()
+        if need or self.verbose or self.settings.dry_run:
             widths, name = self._widths, printable(series.name)
             self.line(f"{outcome.session.label:<{widths[0]}}  {name:<{widths[1]}}  "
                       f"{series.status:<13}  {said_of(series)}".rstrip(), need)

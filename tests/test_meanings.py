@@ -17,7 +17,7 @@ from tests.trees import TreeTest
 
 # What a person is told to do begins with one of these.
 DO = (r"(?:add|ask|check|choose|compare|copy|delete|do not run again|fix|give|have|here it reads|"
-      r"install|look|lower|make|mend|move|put|remove|rename|reset|run|see|send|set|sort|try|"
+      r"install|look|lower|make|move|put|remove|rename|reset|run|see|send|set|sort|try|"
       r"unpack|wait|with|write|to send|nothing|is this|raise)\b|chmod|--|apt-get|XNAT has|"
       r"an import that|the label belongs")
 
