@@ -1197,13 +1197,13 @@ class Level:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from one curl: `code` is its exit status, `status` the server's."""
+    """What came back from one request: `code` is curl's exit status, `status` the server's."""
 
     code: int
     status: int
     body: str
-    error: str = ""
-    location: str = ""
+    error: str = ""  # in curl's words
+    location: str = ""  # where a redirect points
     retry_after: float = 0.0
     cookie: str = field(default="", repr=False)
 
@@ -1213,10 +1213,15 @@ class Answer:
 
     @property
     def evidence(self) -> str:
-        """curl's exit status and words, or the HTTP status and the server's own sentence."""
-        words = ((f"curl exit {self.code}", self.error) if self.code else
-                 (f"HTTP {self.status}", sentence(self.body)))
-        return ", ".join(filter(None, words))
+        """curl's exit status and words, or the HTTP status and what the server says."""
+        what, words = f"HTTP {self.status}", sentence(self.body)
+        if self.code:
+            what, words = f"curl exit {self.code}", self.error
+        elif self.location:
+            words = f"to {self.location}"
+        elif self.status == 200 and self.is_html:
+            words = "a login page" if "login" in self.body.lower() else "a web page"
+        return f"{what}, {words}" if words else what
 
     def json(self) -> Any:
         """The body as JSON, None if it is none."""
@@ -1248,6 +1253,8 @@ class Curl:
         self.teller = teller
         self.cookie = ""
         self._numbers = itertools.count(1)
+        self._outage = False  # the server is gone, and that has been told
+        self._lock = threading.Lock()
 
     def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
             seconds: int = 0, moved: Callable[[float], None] = lambda _: None) -> Answer:
@@ -1255,7 +1262,6 @@ class Curl:
 
         `moved` is told from time to time how much of the file has gone out, 0 to 1.
         """
-        url = self.settings.url + path + ("?" + urlencode(query) if query else "")
         options, folder = ["--silent", "--show-error"], "/"
         if zipped:
             # A plain name in curl's own folder: `;` and `,` in -F names mean something.
@@ -1276,43 +1282,49 @@ class Curl:
             percent = re.findall(rb"(\d+\.\d)%", said)
             moved(min(0.99, float(percent[-1]) / 100) if percent else 0.0)
 
-        return self._run([url], options, folder, watch)[0]
+        path += "?" + urlencode(query) if query else ""
+        return self._run([path], options, folder, watch)[0]
 
     def ask_once(self, *paths: str) -> List[Answer]:
         """The answer at each of `paths`, all over one connection, each tried once."""
-        return self._run([self.settings.url + path for path in paths],
-                         ["--silent", "--show-error", "--fail-early", "--max-time", "300"])
+        return self._run(paths, ["--silent", "--show-error", "--max-time", "300"])
 
-    def _run(self, urls: List[str], options: List[str], folder: str = "/",
+    def _run(self, paths: Sequence[str], options: List[str], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
-        """An answer from each URL, in their order."""
+        """One curl: the answer from each path, in their order."""
         settings, mark, number = self.settings, os.urandom(8).hex(), next(self._numbers)
-        # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
-        # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
+        urls = [settings.url + path for path in paths]
+        # --disable must come first, or ~/.curlrc is read. --globoff: no [] or {} in the URL.
         # --include: the headers come with the body. Never --fail (it hides the answer), never
         # --location (a redirect would be followed with the login).
-        command = ["curl", "--disable", "--config", "-", "--globoff", "--include",
-                   "--suppress-connect-headers", "--write-out", f"\n%{{http_code}} {mark}\n"]
+        command = ["curl", "--disable", "--config", "-", "--globoff", "--include", "--fail-early",
+                   "--suppress-connect-headers", "--max-filesize", "100000000",
+                   "--write-out", f"\n%{{http_code}} %{{redirect_url}} {mark}\n"]
         # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
         command += ["--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
-                    "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
+                    "--speed-time", str(settings.timeout)] + options
         command += ["--cacert", settings.cacert] if settings.cacert else []
-        command += (["--insecure"] if settings.insecure else []) + options
-        # The URL goes in there too: a curl whose parent dies before it is fed does nothing.
-        secrets = [("url", url) for url in urls]
-        secrets += [("user", f"{settings.user}:{settings.password}")]
-        if self.cookie:  # with both, a server session that expired heals itself
-            secrets += [("cookie", f"JSESSIONID={self.cookie}")]
-        given = "".join(f'{key} = "{quoted(value)}"\n' for key, value in secrets)
+        command += ["--insecure"] if settings.insecure else []
+        # On its standard input, where `ps` does not see them; and a curl whose parent dies before
+        # it is fed has no URL. With login and cookie, a server session that expired heals itself.
+        given = [("url", url) for url in urls] + [("user", f"{settings.user}:{settings.password}")]
+        given += [("cookie", f"JSESSIONID={self.cookie}")] if self.cookie else []
+        config = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n"  # quoted alike
+                         for key, value in given)
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
-        done = self.programs.run(command, os.fsencode(given), folder, watch)
-        answers = read_answers(done, mark, len(urls))
-        for url, answer in zip(urls, answers):
+        outage = self._outage
+        done = self.programs.run(command, os.fsencode(config), folder, watch)
+        answers = read_answers(done, mark, paths)
+        for path, answer in zip(paths, answers):
             self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
             body = " ".join(answer.body.split())[:500]
-            body = "" if "JSESSION" in url + body else body  # that is a secret
+            body = "" if "JSESSION" in path + body else body  # that is a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
                             f"{answer.status} {body}")
+        with self._lock:  # only what was asked since can tell that it is over
+            if outage and self._outage and not meaning_of(answers[-1]).gone:
+                self._outage = False
+                self.teller.say(f"{settings.url}: the server answers again")
         return answers
 
     def ask_until(self, about: str, request: Callable[[], Answer], files: int = 0
@@ -1325,7 +1337,8 @@ class Curl:
         for tries in itertools.count(1):
             answer = request()
             meaning = meaning_of(answer)
-            self.check_login(answer)
+            if meaning.stops:
+                raise self.refused(answer)
             if not meaning.heals or tries > self.settings.retries:
                 break
             self.wait_to_heal(about, answer, meaning, tries, files)
@@ -1339,21 +1352,22 @@ class Curl:
 
     def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
                      ) -> None:
-        """Announce a wait that grows with the tries, and wait."""
+        """Wait, longer with each try. Of many who wait for a server that is gone one tells it."""
         # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes. After silence and
         # a proxy's 504 the first import may go on: XNAT needs 46 to 75 ms a file.
         least = 0.15 * files if meaning.goes_on else answer.retry_after
         pause = max(least, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
-        self.teller.say(f"{about}: {meaning.means} ({answer.evidence}); trying again in "
-                        f"{pause:.0f} s ({tries} of {self.settings.retries})")
+        with self._lock:
+            tell = self.teller.log if meaning.gone and self._outage else self.teller.say
+            self._outage = self._outage or meaning.gone
+        tell(f"{about}: {meaning.means} ({answer.evidence}); trying again in {pause:.0f} s ({tries}"
+             f" of {self.settings.retries})")
         self.programs.pause(pause)
 
-    def check_login(self, answer: Answer) -> None:
-        """Raises Stop if an answer says that we are not let in any more."""
-        page = answer.status == 200 and answer.is_html and "login" in answer.body.lower()
-        archived = answer.status == 301 and "/data/archive/" in answer.body  # what a commit says
-        if answer.status == 401 or page or 300 <= answer.status < 400 and not archived:
-            raise Stop(refusal(self.settings, answer))
+    def refused(self, answer: Answer) -> Stop:
+        """What ends the run: the server does not let us in, for this reason."""
+        meaning = meaning_of(answer)
+        return Stop(f"{self.settings.url}: {meaning.means} ({answer.evidence}): {meaning.to_do}")
 
     def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
         """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
@@ -1362,7 +1376,7 @@ class Curl:
         found = answer.json()
         if found is None and answer.status != 404:
             raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do if
-                          answer.status != 200 else "check that this is XNAT's own address")
+                          answer.status != 200 else "is this XNAT's own address?")
         return found
 
     def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
@@ -1370,48 +1384,34 @@ class Curl:
         found = self.get(path, query)
         rows = table(found)
         if rows is None and found is not None:
-            raise Trouble(f"{path} is no listing", "check that this is XNAT's own address")
+            raise Trouble(f"{path} is no listing", "is this XNAT's own address?")
         return rows
 
 
-def quoted(text: str) -> str:
-    """`text` for a double-quoted value in curl's config."""
-    return text.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, count: int) -> List[Answer]:
-    """Take curl's output apart: each answer ends with its HTTP status and `mark`."""
-    pieces = re.split(rb"\n(\d{3}) " + mark.encode() + rb"\n", done.stdout)
-    pieces = pieces[:-1] or [done.stdout, b"000"]  # curl was killed: no mark, no status
-    pairs = list(zip(pieces[::2], pieces[1::2]))[:count]
-    # The exit status is that of the last one that was tried (--fail-early).
-    last = len(pairs) if done.returncode > 0 else count
-    pairs += [(b"", b"000")] * (count - len(pairs))
-    return [read_answer(out, int(status), done if at == last else None)
-            for at, (out, status) in enumerate(pairs, 1)]
-
-
-def read_answer(out: bytes, status: int,
-                done: Optional[subprocess.CompletedProcess[bytes]]) -> Answer:
-    """One answer: the headers of each hop, then the body."""
-    found = re.match(rb"(?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+", out)
-    head = found[0].decode("latin-1") if found else ""
-
-    def header(pattern: str) -> str:
-        match = re.search(rf"(?im)^{pattern}", head)
-        return match[1].strip() if match else ""
-
-    code, told = (done.returncode, done.stderr.decode("utf-8", "replace")) if done else (0, "")
-    error = re.search(r"curl: \(\d+\) (.*)", told, re.DOTALL)  # after the bars of its progress
-    return Answer(
-        code, 0 if code else status,  # after a failed transfer curl may still say 100 or 200
-        out[len(head):].decode("utf-8", "replace"),
-        " ".join(error[1].split())[:200] if error else "",
-        header(r"location:(.*)$"),
-        # No server is waited for longer than ten minutes.
-        min(600.0, float(header(r"retry-after: *(\d{1,6})\s*$") or 0)),
+def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Sequence[str]
+                 ) -> List[Answer]:
+    """Take curl's output apart: of each path the headers of each hop, the body, and the mark."""
+    told = re.search(r"curl: \(\d+\) (.*)", done.stderr.decode("utf-8", "replace"), re.DOTALL)
+    error = " ".join(told[1].split())[:200] if told else ""  # after the bars of its progress
+    found = re.findall(
+        r"((?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)*)(.*?)\n(\d{3}) ([^\n]*) " + mark + "\n",
+        done.stdout.decode("utf-8", "replace"), re.DOTALL)
+    # Its exit status is that of the last one it tried (--fail-early), if it was not killed.
+    last = max(1, len(found)) if done.returncode > 0 else len(paths)
+    found += [("", "", "0", "")] * (len(paths) - len(found))
+    answers = []
+    for number, (path, (head, body, status, location)) in enumerate(zip(paths, found), 1):
+        code = done.returncode if number == last else 0
         # A new server session where the old one had expired; not the guest's of a refusal.
-        header(r"set-cookie: *JSESSIONID=([0-9A-Za-z._-]+)") if status == 200 else "")
+        cookie = re.search(r"(?im)^set-cookie: *JSESSIONID=([0-9A-Z._-]+)", head)
+        later = re.search(r"(?im)^retry-after: *([0-9]{1,6})\s*$", head)
+        answers.append(Answer(
+            code, 0 if code else int(status),  # after a failure curl may still say 100 or 200
+            body, error if code else "",
+            re.sub(re.escape(path) + "$", "", location),  # the URL that would have been right
+            min(600.0, float(later[1])) if later else 0.0,  # ten minutes are the most
+            cookie[1] if cookie and status == "200" else ""))
+    return answers
 
 
 Row = Dict[str, str]
@@ -1437,6 +1437,7 @@ class Meaning(NamedTuple):
     heals: bool = False  # waiting may
     gone: bool = False  # nothing that looks like a working XNAT answered
     goes_on: bool = False  # the server may still be at work on the request
+    stops: bool = False  # no other request would fare better
 
 
 NO = "the server refused it"
@@ -1445,27 +1446,35 @@ LATER = "run again later"
 LOST = True, True  # heals, gone
 MEANINGS = (
     # curl's exit statuses: what never came to an answer.
-    Meaning(r"exit 5\b", "the proxy's name cannot be found", "check the proxy settings", *LOST),
-    Meaning(r"exit 6\b", "the server's name cannot be found", "check URL and network", *LOST),
+    Meaning(r"exit [56]\b", "the server's or the proxy's name cannot be found",
+            "check URL, network and proxy settings", *LOST),
     Meaning(r"exit 7\b", "nothing answers there", "check URL, network, and whether XNAT is up",
             *LOST),
     Meaning(r"exit 28\b", "the connection went silent", "check the network, and see --timeout",
             *LOST, True),
     Meaning(r"exit 35\b", "no encrypted connection comes about",
             "check https or http, and the port", *LOST),
-    Meaning(r"exit 52\b", "the server closed the connection without an answer", LATER, *LOST),
-    Meaning(r"exit (16|18|55|56|92|95|96)\b", "the connection broke", LATER, *LOST),
-    Meaning(r"exit 60\b.*expired", "the server's certificate has expired",
-            "ask the XNAT admin to renew it"),
-    Meaning(r"exit 60\b.*not yet valid", "the server's certificate is not valid yet",
-            "check this machine's clock"),
-    Meaning(r"exit 60\b.*subject name", "the server's certificate is for another name",
-            "give the URL by that name"),
+    Meaning(r"exit (16|18|52|55|56|92|95|96)\b", "the connection broke", LATER, *LOST),
+    Meaning(r"exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is not "
+            "valid for this time or name", "check this machine's clock and the URL, then ask the "
+            "XNAT admin"),
     Meaning(r"exit 60\b", "the server's certificate is not trusted",
             "give your site's CA with --cacert FILE"),
     Meaning(r"exit 77\b", "the CA file cannot be read", "check --cacert"),
     Meaning("exit -", "curl was killed", "run again", *LOST),
     Meaning("curl exit", "curl failed", "run again"),
+    # What lets us in nowhere.
+    Meaning(r"HTTP (401|3.*/Login\.vm)", "login refused", "check USER and PASS (20 wrong ones lock "
+            "the account for an hour; too many open sessions look the same)", stops=True),
+    Meaning("HTTP 3.*UpdateUser", "the password has expired", "set a new one in the browser",
+            stops=True),
+    Meaning("HTTP 3.*InactiveAccount", "the account is not active yet", "ask the XNAT admin",
+            stops=True),
+    Meaning("HTTP 3.., to (?!.*/data/archive/)", "the server has another address",
+            "give that one as URL", stops=True),
+    Meaning("HTTP 200, a login page", "a web page came instead of an answer",
+            "is this XNAT's own address?", stops=True),
+    Meaning("HTTP 200, a web page|HTTP 404", "unexpected answer", "is this XNAT's own address?"),
     # What waiting heals, by XNAT's own words and by a proxy's status.
     Meaning("HTTP (400|409|423|500).*(concurrent file sends|session processing (may already be )?"
             "in progress|concurrent modification is discouraged|duplicate archive attempt|"
@@ -1509,32 +1518,6 @@ def meaning_of(answer: Answer) -> Meaning:
                 if re.search(each.sign, evidence, re.IGNORECASE | re.DOTALL))
 
 
-def refusal(settings: Settings, answer: Answer) -> str:
-    """Why the server does not let us in: one sentence with the remedy."""
-    user, target = settings.user, answer.location
-    if answer.code:
-        meaning = meaning_of(answer)
-        why = f"{meaning.means} ({answer.evidence}): {meaning.to_do}"
-    elif answer.status == 401 or "Login" in target:
-        why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS (20 wrong "
-               "ones lock the account for an hour; too many open sessions look the same)")
-    elif "UpdateUser" in target:
-        why = f"the password of {user} has expired: set a new one in the browser"
-    elif "InactiveAccount" in target:
-        why = f"the account {user} is not active yet: ask the XNAT admin"
-    elif target.startswith("https:") and settings.url.startswith("http:"):
-        site = target[8:].partition("/")[0]
-        path = "".join(settings.url[7:].partition("/")[1:])  # XNAT may have one of its own
-        why = f"the server wants https: give https://{site}{path} as URL"
-    elif target:
-        why = f"the server redirects to {target}: give the address that XNAT itself has"
-    elif answer.is_html and answer.status == 200:
-        why = "a web page came instead of an answer (login?): is this XNAT's own address?"
-    else:
-        why = f"unexpected answer ({answer.evidence}): is this XNAT's own address?"
-    return f"{settings.url}: {why}"
-
-
 # ---- xnat ----------------------------------------------------------------------------------
 
 BUILD_INFO = "/xapi/siteConfig/buildInfo"
@@ -1565,8 +1548,10 @@ class Xnat(Curl):
         into another one or to Unassigned (GradualDicomImporter).
         """
         answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
-        if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
-            raise Stop(refusal(self.settings, answer))
+        if answer.status != 200:
+            raise self.refused(answer)
+        if not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
+            raise Stop(f"{self.settings.url}: no login came back: is this XNAT's own address?")
         self.cookie, user = answer.body.strip(), self.settings.user
         try:
             found = self.get(self.path())
@@ -1708,11 +1693,13 @@ class Xnat(Curl):
                 return "/data" + found[1]
             if answer.status == 200 and "/data/prearchive/" in answer.body:
                 return address
-            if answer.status != 301:
-                self.check_login(answer)
+            if meaning.stops:
+                raise self.refused(answer)
             # Refused, or the answer was lost on the way while XNAT went on: look. READY may mean
             # that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
+            if lost and tries <= self.settings.retries:
+                self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
             status = self.status(address)
             for pause in (1.0, 3.0, 6.0):
                 if lost and status == "READY":
@@ -1722,7 +1709,6 @@ class Xnat(Curl):
                 return ""
             if not lost or tries > self.settings.retries:
                 break
-            self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
         if meaning.heals and status in ("CONFLICT", "ERROR"):  # XNAT keeps the reason
             answer = self.ask("GET", address + "/logs/last")
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
