@@ -60,7 +60,6 @@ import os
 import random
 import re
 import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -68,6 +67,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -923,38 +923,14 @@ class Programs:
             self._running[process.pid] = process
             self._tell_guard()
         try:
-            out, err = self._talk(process, given, watch)
+            out, err = talk(process, given, watch)
         finally:
-            process.kill()
-            process.wait()
             with self._lock:
                 del self._running[process.pid]
                 self._tell_guard()
         if self.stopping.is_set() and process.returncode < 0:
             raise Stopping("stopping")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-    @staticmethod
-    def _talk(process: subprocess.Popen[bytes], given: bytes,
-              watch: Callable[[bytes], None]) -> Tuple[bytes, bytes]:
-        assert process.stdin and process.stdout and process.stderr
-        # zip and curl read all of their input before they say much.
-        with suppress(BrokenPipeError), process.stdin as into:
-            into.write(given)
-        out, err = bytearray(), bytearray()
-        with process.stdout, process.stderr, selectors.DefaultSelector() as waiting:
-            waiting.register(process.stdout, selectors.EVENT_READ, out)
-            waiting.register(process.stderr, selectors.EVENT_READ, err)
-            while waiting.get_map():
-                for key, _ in waiting.select():
-                    piece = os.read(key.fd, 1 << 16)
-                    key.data.extend(piece)
-                    if not piece:
-                        waiting.unregister(key.fileobj)
-                del err[:-10000]  # hours of curl's progress
-                watch(bytes(err[-200:]))
-        process.wait()
-        return bytes(out), bytes(err)
 
     def _tell_guard(self) -> None:
         with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
@@ -990,6 +966,24 @@ class Programs:
         self._guard.communicate()
 
 
+def talk(process: subprocess.Popen[bytes], given: bytes, watch: Callable[[bytes], None]
+         ) -> Tuple[bytes, bytes]:
+    """Feed a program and hear it to its end: its output, and the last of its error output."""
+    assert process.stdin and process.stdout and process.stderr
+    with process, ThreadPoolExecutor(1) as other:  # no stream may fill up while another is read
+        try:
+            out, err, speaks = other.submit(process.stdout.read), b"", process.stderr.fileno()
+            with suppress(BrokenPipeError), process.stdin as into:
+                into.write(given)
+            for piece in iter(lambda: os.read(speaks, 1 << 16), b""):
+                err = (err + piece)[-10000:]  # of hours of curl's progress
+                watch(err[-200:])
+            process.wait()
+            return out.result(), err
+        finally:
+            process.kill()  # if something came between
+
+
 class Workdir:
     """The folder for zips, ledger, log and report, held by one run at a time."""
 
@@ -998,21 +992,20 @@ class Workdir:
         self.path = os.path.abspath(path)
         self.zips = os.path.join(self.path, "dicomUpload.zips")
         self.advice = ""  # what its user should know
-        self._numbers = itertools.count(1)
         self._room = threading.Condition()
         self._promised = 0
         try:
             os.makedirs(self.path, exist_ok=True)
-            self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
+            self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "a+", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(OSError):  # a full disk is told by those who need its room
                 os.ftruncate(self._lock.fileno(), 0)
                 os.write(self._lock.fileno(), f"process {os.getpid()} on {os.uname().nodename} "
                          f"since {now()[:16]}".encode())
         except BlockingIOError:
-            with open(self._lock.name, encoding="utf-8") as lock:
-                raise Stop(f"workdir {path}: in use by another run ({lock.read(300)}): wait until "
-                           "it ends")
+            self._lock.seek(0)
+            raise Stop(f"workdir {path}: in use by another run ({self._lock.read(300)}): wait "
+                       "until it ends")
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another")
@@ -1045,7 +1038,7 @@ class Workdir:
         """
         need = zip_room(files)
         with self._room:
-            while shutil.disk_usage(self.zips).free - self._promised < need:
+            while need > shutil.disk_usage(self.zips).free - self._promised:
                 if not self._promised:
                     free = size(shutil.disk_usage(self.zips).free)
                     raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
@@ -1053,22 +1046,20 @@ class Workdir:
                                   "--workdir")
                 self._room.wait()
             self._promised += need
-        target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
-        try:
-            with suppress(FileNotFoundError):  # zip would add to an old one
-                os.unlink(target)
-            yield target
+        try:  # in a folder of its own: zip would add to an old one, and may leave halves
+            with tempfile.TemporaryDirectory(dir=self.zips) as folder:
+                yield os.path.join(folder, "part.zip")
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(target)
             with self._room:
                 self._promised -= need
                 self._room.notify_all()
 
 
 def zip_room(files: List[File]) -> int:
-    """Bytes that a zip of these files never exceeds."""
-    return sum(file.bytes for file in files) + 1024 * len(files) + 65536
+    """Bytes that a zip of these files never exceeds, with some for ledger and log beside it."""
+    # What does not shrink grows by 5 in 32,768; names stand twice, with less than 256 around them.
+    return 65536 + sum(file.bytes + file.bytes // 4096 + 2 * len(os.fsencode(file.name)) + 256
+                       for file in files)
 
 
 def pack(folder: str, files: List[File], target: str, level: int, programs: Programs) -> None:
@@ -1100,39 +1091,34 @@ def check_zip(target: str, files: List[File]) -> None:
     zip's exit 0 is no proof: a file that shrank or vanished while it was read gives 0.
     """
     wanted = {(os.fsencode(file.name), file.bytes): file for file in files}
+    found: Dict[Tuple[bytes, int], int] = {}
     try:
         with suppress(FileNotFoundError), zipfile.ZipFile(target) as archive:
             for entry in archive.infolist():
                 # The bytes as they stand in the zip: Python decodes those without flag as cp437.
                 coding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
-                name = entry.orig_filename.encode(coding)
-                file = wanted.pop((name, entry.file_size), None)
-                if not file:
-                    raise cut_short(os.fsdecode(name))
-                file.crc = entry.CRC
+                found[entry.orig_filename.encode(coding), entry.file_size] = entry.CRC
     except (OSError, zipfile.BadZipFile) as error:
         raise Trouble(f"zip made no readable archive ({error})", "run again")
-    for file in wanted.values():
-        raise cut_short(file.name)
-
-
-def cut_short(name: str) -> Trouble:
-    return Trouble(f"{name} could not be read in full, or changed while it was read",
-                   "check it, then run again")
+    for name, _ in sorted(wanted.keys() ^ found.keys()):
+        raise Trouble(f"{os.fsdecode(name)} could not be read in full, or changed while it was "
+                      "read", "check it, then run again")
+    for key, file in wanted.items():
+        file.crc = found[key]
 
 
 class Level:
     """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
     run has measured. While zips wait for the line, packing is behind them and costs nothing."""
 
-    NEWEST = 0.3  # weight of the newest part: a line that changes is followed within a few
+    KEPT = 0.7  # of what was measured before: a line that changes is followed within a few parts
 
     def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
-        self._sums: Dict[str, List[float]] = {}  # seconds or bytes, of so many bytes
-        self._ahead = 0  # bytes of zips that are not answered yet
-        self._going: Counter[str] = Counter()  # zips and POSTs at work
+        self._going: Dict[str, List[int]] = defaultdict(list)  # bytes of each part that is at it
+        self._sums: Dict[str, Tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+        self._pace: Dict[str, float] = {}  # seconds a byte; of "zipped", bytes
         self._clock = clock
         self._lock = threading.Lock()
 
@@ -1144,52 +1130,37 @@ class Level:
             return level
 
     def _sooner(self, count: int) -> int:
-        posting = self._mean("posting", 0.0)
-        if not posting:  # the first one leaves at once; for the others smaller is the safer guess
-            return min(1, self.used[0])
-        wait = self._ahead * posting
-        shared = count * (1 + self._going["packing"])
-        quick = self._mean("packing 0", self._mean("packing 1", 0.0) / 10)
-        slow = shared * self._mean("packing 1", quick * 10)
-        stored = max(wait, shared * quick) + posting * count
-        zipped = max(wait, slow) + posting * count * self._mean("zipped 1", 0.5)
+        if "posting" not in self._pace:
+            return min(1, self.used[0])  # the first one leaves at once; then smaller is safer
+        posting, wait = self._pace["posting"], self._pace["posting"] * sum(self._going["waiting"])
+        shared = count + sum(self._going["packing"])
+        quick = shared * self._pace.get("packing 0", 0.0)
+        slow = shared * self._pace["packing 1"] if "packing 1" in self._pace else 10 * quick
+        stored = max(wait, quick) + posting * count
+        zipped = max(wait, slow) + posting * count * self._pace.get("zipped 1", 0.5)
         look = sum(self.used.values()) % 8 == 0 and slow < wait  # for nothing: do they shrink now?
         return int(zipped < 0.999 * stored or look)
 
-    def _mean(self, what: str, unknown: float) -> float:
-        value, count = self._sums.get(what, (unknown, 1.0))
-        return value / count
-
-    def _learn(self, what: str, value: float, count: int) -> None:
-        self._sums[what] = [(1.0 - self.NEWEST) * old + new for old, new in zip(
-            self._sums.get(what, (0.0, 0.0)), (value, max(1, count)))]
+    def learn(self, what: str, value: float, count: int) -> None:
+        """So many bytes took so many seconds, or became so many bytes."""
+        with self._lock:
+            earlier, of = self._sums[what]
+            self._sums[what] = self.KEPT * earlier + value, self.KEPT * of + max(1, count)
+            self._pace[what] = self._sums[what][0] / self._sums[what][1]
 
     @contextmanager
-    def waits(self, level: int, count: int, made: int) -> Iterator[None]:
-        """A zip that was made of `count` bytes is here until it is sent."""
+    def at(self, what: str, count: int) -> Iterator[None]:
+        """Learn how long so many bytes are at this. What goes on side by side shares the time."""
+        going = self._going[what.split()[0]]
         with self._lock:
-            self._ahead += made
-            self._learn(f"zipped {level}", made, count)
+            going.append(count)
+            alike, began = len(going), self._clock()
         try:
             yield
+            self.learn(what, 2 * (self._clock() - began) / (alike + len(going)), count)
         finally:
             with self._lock:
-                self._ahead -= made
-
-    @contextmanager
-    def timed(self, kind: str, level: str, count: int) -> Iterator[None]:
-        """Learn how long this takes. What goes on side by side shares the time."""
-        with self._lock:
-            self._going[kind] += 1
-            going, began = self._going[kind], self._clock()
-        try:
-            yield
-            with self._lock:
-                seconds = (self._clock() - began) / ((going + self._going[kind]) / 2)
-                self._learn(f"{kind} {level}".strip(), seconds, count)
-        finally:
-            with self._lock:
-                self._going[kind] -= 1
+                going.remove(count)
 
 
 # ---- curl ----------------------------------------------------------------------------------
@@ -1262,13 +1233,13 @@ class Curl:
 
         `moved` is told from time to time how much of the file has gone out, 0 to 1.
         """
-        options, folder = ["--silent", "--show-error"], "/"
+        options, folder = ["--max-time", str(seconds)], "/"  # 0: without end
         if zipped:
             # A plain name in curl's own folder: `;` and `,` in -F names mean something.
             # -F and not -T: XNAT then reads all before it answers, so that the status is always
             # seen and a body cut short imports nothing. Never --data-binary: it fills the memory.
             folder, name = os.path.split(zipped)
-            options = ["--progress-bar", "--form", f"file=@{name};type=application/zip"]
+            options += ["--form", f"file=@{name};type=application/zip"]
             if self.settings.limit_rate:
                 rate = max(1, self.settings.limit_rate // self.settings.procs)
                 options += ["--limit-rate", str(rate)]
@@ -1276,7 +1247,6 @@ class Curl:
             options += ["--data", "", "--header", "Content-Type:"]
         elif method != "GET":
             options += ["--request", method]
-        options += ["--max-time", str(seconds)] if seconds else []
 
         def watch(said: bytes) -> None:
             percent = re.findall(rb"(\d+\.\d)%", said)
@@ -1287,7 +1257,7 @@ class Curl:
 
     def ask_once(self, *paths: str) -> List[Answer]:
         """The answer at each of `paths`, all over one connection, each tried once."""
-        return self._run(paths, ["--silent", "--show-error", "--max-time", "300"])
+        return self._run(paths, ["--max-time", "300"])
 
     def _run(self, paths: Sequence[str], options: List[str], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
@@ -1296,13 +1266,13 @@ class Curl:
         urls = [settings.url + path for path in paths]
         # --disable must come first, or ~/.curlrc is read. --globoff: no [] or {} in the URL.
         # --include: the headers come with the body. Never --fail (it hides the answer), never
-        # --location (a redirect would be followed with the login).
+        # --location (a redirect would be followed with the login). A dead link would hang for
+        # ever; XNAT is silent while it imports, so the longest silence is minutes.
         command = ["curl", "--disable", "--config", "-", "--globoff", "--include", "--fail-early",
-                   "--suppress-connect-headers", "--max-filesize", "100000000",
+                   "--suppress-connect-headers", "--progress-bar", "--max-filesize", "100000000",
+                   "--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
+                   "--speed-time", str(settings.timeout), *options,
                    "--write-out", f"\n%{{http_code}} %{{redirect_url}} {mark}\n"]
-        # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
-        command += ["--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
-                    "--speed-time", str(settings.timeout)] + options
         command += ["--cacert", settings.cacert] if settings.cacert else []
         command += ["--insecure"] if settings.insecure else []
         # On its standard input, where `ps` does not see them; and a curl whose parent dies before
@@ -1317,8 +1287,7 @@ class Curl:
         answers = read_answers(done, mark, paths)
         for path, answer in zip(paths, answers):
             self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
-            body = " ".join(answer.body.split())[:500]
-            body = "" if "JSESSION" in path + body else body  # that is a secret
+            body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
                             f"{answer.status} {body}")
         with self._lock:  # only what was asked since can tell that it is over
@@ -1338,16 +1307,13 @@ class Curl:
             answer = request()
             meaning = meaning_of(answer)
             if meaning.stops:
-                raise self.refused(answer)
+                raise self.stop_for(answer)
             if not meaning.heals or tries > self.settings.retries:
                 break
             self.wait_to_heal(about, answer, meaning, tries, files)
         if meaning.gone and meaning_of(self.ask(
                 "GET", BUILD_INFO, seconds=min(30, self.settings.timeout))).gone:
-            gone, to_do = "the server is gone", "run again later, it goes on where it stopped"
-            if not self.cookie:  # it was never there: maybe it is somewhere else
-                gone, to_do = "the server does not answer", meaning.to_do
-            raise Stop(f"{self.settings.url}: {gone} ({meaning.means}, {answer.evidence}): {to_do}")
+            raise self.stop_for(answer)
         return answer, meaning, tries
 
     def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
@@ -1364,8 +1330,8 @@ class Curl:
              f" of {self.settings.retries})")
         self.programs.pause(pause)
 
-    def refused(self, answer: Answer) -> Stop:
-        """What ends the run: the server does not let us in, for this reason."""
+    def stop_for(self, answer: Answer) -> Stop:
+        """The end of the run: what an answer means, and what to do about it."""
         meaning = meaning_of(answer)
         return Stop(f"{self.settings.url}: {meaning.means} ({answer.evidence}): {meaning.to_do}")
 
@@ -1486,25 +1452,20 @@ MEANINGS = (
     # What XNAT refuses to import.
     Meaning("HTTP 413", NO, "lower --max-files, or ask the admin to raise client_max_body_size"),
     Meaning("HTTP 403", NO, "ask the project's owner for the right to edit"),
-    Meaning("unable to read dicom", NO, "here it reads as DICOM, so ask the XNAT admin whether the "
-            "server's disk is full; if not, copy that file again from its source"),
-    Meaning("contains no sop", NO, "copy that file again from its source, then run again"),
+    Meaning("unable to read dicom|contains no sop", NO, "here it reads as DICOM, so ask the "
+            "XNAT admin whether the server's disk is full; if not, copy that file again from its "
+            "source"),
     # What XNAT refuses to archive (PrearcSessionArchiver).
-    Meaning("duplicated sop instance", NO, "XNAT has an image of it twice: delete the session in "
-            "XNAT's prearchive, then run again"),
-    Meaning("non-parsable", NO, "an import that broke off left a half file there: delete the "
-            "session in XNAT's prearchive, then run again"),
+    Meaning("duplicated sop instance|non-parsable", NO, "XNAT has an image of it twice, or half a "
+            "file: delete the session in XNAT's prearchive, then run again"),
     Meaning("same uid, but a different number", NO, "XNAT has this series under another number: "
             "ask the XNAT admin to delete that scan, and the session in the prearchive, then run "
             "again"),
-    Meaning("modality", NO, "XNAT has a session of another modality under this label: rename the "
-            "folder"),
     Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the "
             "session in the prearchive, then run again; if they are newer here, --overwrite-files "
             "replaces XNAT's"),
-    Meaning("another subject|session subject", NO, "the label belongs to another subject: rename "
-            "the folder"),
-    Meaning("session uid", NO, "XNAT has another study under this label: rename the folder"),
+    Meaning("modality|(another|session) subject|session uid", NO, "XNAT has another subject, study "
+            "or modality under this label: rename the folder"),
     Meaning("timeout interval", "XNAT is still at work on it", LATER),
     Meaning("HTTP 5", NO, "run again later; if it stays, ask the XNAT admin"),
     Meaning("", NO, "look at the session in XNAT's prearchive"),
@@ -1549,7 +1510,7 @@ class Xnat(Curl):
         """
         answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
         if answer.status != 200:
-            raise self.refused(answer)
+            raise self.stop_for(answer)
         if not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(f"{self.settings.url}: no login came back: is this XNAT's own address?")
         self.cookie, user = answer.body.strip(), self.settings.user
@@ -1694,7 +1655,7 @@ class Xnat(Curl):
             if answer.status == 200 and "/data/prearchive/" in answer.body:
                 return address
             if meaning.stops:
-                raise self.refused(answer)
+                raise self.stop_for(answer)
             # Refused, or the answer was lost on the way while XNAT went on: look. READY may mean
             # that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
@@ -2290,12 +2251,13 @@ class Sender:
             part.series.began = part.series.began or time.monotonic()
             level = self.level.choose(part.bytes)
             try:
-                with self.level.timed("packing", str(level), part.bytes):
+                with self.level.at(f"packing {level}", part.bytes):
                     pack(folder, part.files, zipped, level, self.xnat.programs)
                 made = os.path.getsize(zipped)
             except OSError as error:
                 raise unreadable(str(error.filename or "the workdir"), error)
-            stack.enter_context(self.level.waits(level, part.bytes, made))
+            self.level.learn(f"zipped {level}", made, part.bytes)
+            stack.enter_context(self.level.at("waiting", made))
             self.xnat.teller.log(f"{folder}: {plural(len(part.files), 'file')} packed at level "
                                  f"{level}, {size(part.bytes)} to {size(made)}")
             return zipped, stack.pop_all()
@@ -2305,7 +2267,7 @@ class Sender:
         session, series = outcome.session, part.series
         name, made = f"{session.label} {series.name}", os.path.getsize(zipped)
         with self.slots, self.xnat.teller.at_work(name, part.files) as moved:
-            with self.level.timed("posting", "", made):
+            with self.level.at("posting", made):
                 address = self.xnat.post(session, series, len(part.files), zipped, moved)
             self.ledger.add(session, "sent", series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),

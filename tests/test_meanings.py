@@ -76,11 +76,11 @@ class Meanings(unittest.TestCase):
         (0, 409, "Session already contains a scan with the same UID, but a different number "
          "(5-MR1).", "under another number", False, False),
         (0, 409, "Invalid modification of session modality via archive process.",
-         "another modality", False, False),
+         "modality under this label", False, False),
         (0, 409, "Invalid modification of session UID via archive process.",
-         "another study", False, False),
+         "study or modality under this label", False, False),
         (0, 409, "Invalid modification of session subject via archive process.",
-         "another subject", False, False),
+         "XNAT has another subject", False, False),
         (0, 500, "FAILED: Operation Failed: Session already exists with matching files.",
          "--overwrite-files", False, False),
         (0, 500, "a timeout interval elapsed", "still at work", False, False),
@@ -142,10 +142,10 @@ class Meanings(unittest.TestCase):
     def test_advice_on_one_thing_does_not_catch_another(self) -> None:
         for text, no in (
                 ("Session already contains a scan with the same UID, but a different number (5).",
-                 "another study"),
-                ("Session already contains a scan with the same UID", "another study"),
-                ("Invalid modification of session UID via archive process.", "modality"),
-                ("Invalid modification of session modality via archive process.", "another study"),
+                 "rename"),
+                ("Session already contains a scan with the same UID", "rename"),
+                ("Invalid modification of session UID via archive process.", "another number"),
+                ("Invalid modification of session modality via archive process.", "another number"),
                 ("Scan 5 DICOM catalog contains duplicated SOP instance UIDs: x", "copy that file"),
                 ("Scan 5 has 1 non-DICOM (or non-parsable DICOM) files", "copy that file")):
             with self.subTest(text):
@@ -176,7 +176,7 @@ class Refusal(unittest.TestCase):
                 (answer(0, 404, "<h3>Not here</h3>"), False, "HTTP 404, Not here.*own address"),
                 (answer(7, 0, "Failed to connect"), False, "nothing answers.*exit 7.*check URL")):
             with self.subTest(words):
-                told = str(curl.refused(given))
+                told = str(curl.stop_for(given))
                 self.assertRegex(told, rf"\A{re.escape(url)}: .*{words}")
                 self.assertNotIn("s3cret", told)
                 self.assertEqual(dicomUpload.meaning_of(given).stops, stops)
