@@ -895,9 +895,8 @@ class Programs:
         self._lock = threading.Lock()
         self._running: Dict[int, subprocess.Popen[bytes]] = {}
         # zip takes options from two of these, and no program needs the password.
-        hidden = ("ZIPOPT", "ZIP", "XNAT_PASS")
-        self._environment = {os.fsencode(key): os.fsencode(os.environ[key])
-                             for key in os.environ if key not in hidden}
+        self._environment = {key: value for key, value in os.environ.items()
+                             if key not in ("ZIPOPT", "ZIP", "XNAT_PASS")}
         self._guard = self._start(["sh", "-c", self.GUARD], "/")
 
     def _start(self, command: List[str], folder: str) -> subprocess.Popen[bytes]:
@@ -1038,12 +1037,11 @@ class Workdir:
         """
         need = zip_room(files)
         with self._room:
-            while need > shutil.disk_usage(self.zips).free - self._promised:
+            while need > (free := shutil.disk_usage(self.zips).free) - self._promised:
                 if not self._promised:
-                    free = size(shutil.disk_usage(self.zips).free)
                     raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
-                                  f"{free})", "make room, lower --max-files, or choose another "
-                                  "--workdir")
+                                  f"{size(free)})", "make room, lower --max-files, or choose "
+                                  "another --workdir")
                 self._room.wait()
             self._promised += need
         try:  # in a folder of its own: zip would add to an old one, and may leave halves
@@ -1440,7 +1438,10 @@ MEANINGS = (
             "give that one as URL", stops=True),
     Meaning("HTTP 200, a login page", "a web page came instead of an answer",
             "is this XNAT's own address?", stops=True),
-    Meaning("HTTP 200, a web page|HTTP 404", "unexpected answer", "is this XNAT's own address?"),
+    Meaning("HTTP 200, a web page", "a web page came instead of an answer",
+            "is this XNAT's own address?"),
+    Meaning("HTTP 404", "it is not there", "look at the session in XNAT's prearchive, and whether "
+            "the URL is XNAT's own address"),
     # What waiting heals, by XNAT's own words and by a proxy's status.
     Meaning("HTTP (400|409|423|500).*(concurrent file sends|session processing (may already be )?"
             "in progress|concurrent modification is discouraged|duplicate archive attempt|"
@@ -1540,6 +1541,7 @@ class Xnat(Curl):
 
     def close(self) -> None:
         """Give the server session back: a user has a limited number of them."""
+        self._outage = False  # nobody waits for its end any more
         if self.cookie:
             self.ask("DELETE", "/data/JSESSION", seconds=3)
 

@@ -60,7 +60,7 @@ class Meanings(unittest.TestCase):
         (1, 0, "Received HTTP/0.9 when not allowed", "curl failed", False, False),
         (0, 401, "", "login refused: check USER and PASS", False, False),
         (0, 200, "<html>Maintenance</html>", "is this XNAT's own address", False, False),
-        (0, 404, "Not here", "is this XNAT's own address", False, False),
+        (0, 404, "Not here", "is XNAT's own address", False, False),
         (0, 502, "502 Bad Gateway", "behind its proxy", True, True),
         (0, 503, "503 Service Unavailable", "behind its proxy", True, True),
         (0, 504, "504 Gateway Time-out", "--max-files", True, True),
