@@ -1045,8 +1045,8 @@ class Workdir:
                 self._room.wait()
             self._promised += need
         try:  # in a folder of its own: zip would add to an old one, and may leave halves
-            with tempfile.TemporaryDirectory(dir=self.zips) as folder:
-                yield os.path.join(folder, "part.zip")
+            with tempfile.TemporaryDirectory(prefix="part-", dir=self.zips) as folder:
+                yield os.path.join(folder, os.path.basename(folder) + ".zip")
         finally:
             with self._room:
                 self._promised -= need
@@ -1173,8 +1173,19 @@ class Answer:
     body: str
     error: str = ""  # in curl's words
     location: str = ""  # where a redirect points
-    retry_after: float = 0.0
-    cookie: str = field(default="", repr=False)
+    headers: str = field(default="", repr=False)  # the cookie is a secret
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds; ten minutes are the most that we wait."""
+        found = re.search(r"(?im)^retry-after: *([0-9]{1,6})\s*$", self.headers)
+        return min(600.0, float(found[1])) if found else 0.0
+
+    @property
+    def cookie(self) -> str:
+        """A new server session where the old one had expired; not the guest's of a refusal."""
+        found = re.search(r"(?im)^set-cookie: *JSESSIONID=([0-9A-Z._-]+)", self.headers)
+        return found[1] if found and self.status == 200 else ""
 
     @property
     def is_html(self) -> bool:
@@ -1360,22 +1371,13 @@ def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Seq
     found = re.findall(
         r"((?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)*)(.*?)\n(\d{3}) ([^\n]*) " + mark + "\n",
         done.stdout.decode("utf-8", "replace"), re.DOTALL)
-    # Its exit status is that of the last one it tried (--fail-early), if it was not killed.
-    last = max(1, len(found)) if done.returncode > 0 else len(paths)
-    found += [("", "", "0", "")] * (len(paths) - len(found))
-    answers = []
-    for number, (path, (head, body, status, location)) in enumerate(zip(paths, found), 1):
-        code = done.returncode if number == last else 0
-        # A new server session where the old one had expired; not the guest's of a refusal.
-        cookie = re.search(r"(?im)^set-cookie: *JSESSIONID=([0-9A-Z._-]+)", head)
-        later = re.search(r"(?im)^retry-after: *([0-9]{1,6})\s*$", head)
-        answers.append(Answer(
-            code, 0 if code else int(status),  # after a failure curl may still say 100 or 200
-            body, error if code else "",
-            re.sub(re.escape(path) + "$", "", location),  # the URL that would have been right
-            min(600.0, float(later[1])) if later else 0.0,  # ten minutes are the most
-            cookie[1] if cookie and status == "200" else ""))
-    return answers
+    # It has ended at the first that failed (--fail-early); its HTTP status may still say 200.
+    whole = found[:-1] if done.returncode > 0 else found
+    answers = [Answer(0, int(status), body, "",
+                      re.sub(re.escape(path) + "$", "", location),  # the URL that would be right
+                      headers)
+               for path, (headers, body, status, location) in zip(paths, whole)]
+    return answers + [Answer(done.returncode, 0, "", error)] * (len(paths) - len(answers))
 
 
 Row = Dict[str, str]

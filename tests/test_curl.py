@@ -65,13 +65,13 @@ class Answers(unittest.TestCase):
         for title, out, code, wanted in (
                 ("all", whole, 0, [(200, "one", 0), (0, "", 0), (200, "three", 0)]),
                 ("the last is cut short", whole, 18, [(200, "one", 0), (0, "", 0),
-                                                      (0, "three", 18)]),
+                                                      (0, "", 18)]),
                 ("the first is cut short, and no other is tried", head + b"on\n200  mark\n", 18,
-                 [(0, "on", 18), (0, "", 0), (0, "", 0)]),
+                 3 * [(0, "", 18)]),
                 ("curl was killed", head + b"one\n200  mark\n" + head + b"tw", -9,
-                 [(200, "one", 0), (0, "", 0), (0, "", -9)]),
+                 [(200, "one", 0), (0, "", -9), (0, "", -9)]),
                 ("it was killed before it began", b"", -9,
-                 [(0, "", 0), (0, "", 0), (0, "", -9)])):
+                 3 * [(0, "", -9)])):
             with self.subTest(title):
                 found = answers(out, 3, code)
                 self.assertEqual([(each.status, each.body, each.code) for each in found], wanted)

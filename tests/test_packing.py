@@ -193,7 +193,7 @@ class TheWorkdir(RunningTest):
         self.work.mkdir()
         (self.work / "dicomUpload.zips").symlink_to(scratch)
         (self.folder / "note.txt").write_text("x")
-        subprocess.run([need(self, "zip"), "-q", str(scratch / "part.zip"), "note.txt"],
+        subprocess.run([need(self, "zip"), "-q", str(scratch / "part-1.zip"), "note.txt"],
                        cwd=str(self.folder), check=True)
         with self.xnat() as server:
             ran = self.upload(server)
