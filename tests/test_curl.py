@@ -64,14 +64,12 @@ class Answers(unittest.TestCase):
         whole = head + b"one\n200  mark\n" + b"\n000  mark\n" + head + b"three\n200  mark\n"
         for title, out, code, wanted in (
                 ("all", whole, 0, [(200, "one", 0), (0, "", 0), (200, "three", 0)]),
-                ("the last is cut short", whole, 18, [(200, "one", 0), (0, "", 0),
-                                                      (0, "", 18)]),
+                ("the last is cut short", whole, 18, [(200, "one", 0), (0, "", 0), (0, "", 18)]),
                 ("the first is cut short, and no other is tried", head + b"on\n200  mark\n", 18,
                  3 * [(0, "", 18)]),
                 ("curl was killed", head + b"one\n200  mark\n" + head + b"tw", -9,
                  [(200, "one", 0), (0, "", -9), (0, "", -9)]),
-                ("it was killed before it began", b"", -9,
-                 3 * [(0, "", -9)])):
+                ("it was killed before it began", b"", -9, 3 * [(0, "", -9)])):
             with self.subTest(title):
                 found = answers(out, 3, code)
                 self.assertEqual([(each.status, each.body, each.code) for each in found], wanted)
@@ -79,7 +77,7 @@ class Answers(unittest.TestCase):
     def test_curls_own_words_are_found_behind_its_progress(self) -> None:
         bars = b"\r##   4.0%\r#####  41.5%\ncurl: (56) Recv failure:\nConnection reset\n"
         self.assertEqual(answer(b"\n000", 56, bars).error, "Recv failure: Connection reset")
-        self.assertEqual(answer(b"\n000", -15, b"\r## 4.0%").evidence, "curl exit -15")
+        self.assertEqual(answer(b"", -15, b"\r## 4.0%").evidence, "curl exit -15")
 
     def test_retry_after_is_seconds_and_has_an_end(self) -> None:
         for value, wanted in ((b"7", 7), (b" 120 ", 120), (b"999999", 600), (b"-1", 0),
