@@ -1149,8 +1149,8 @@ class Level:
     @contextmanager
     def at(self, what: str, count: int) -> Iterator[None]:
         """Learn how long so many bytes are at this. What goes on side by side shares the time."""
-        going = self._going[what.split()[0]]
         with self._lock:
+            going = self._going[what.split()[0]]
             going.append(count)
             alike, began = len(going), self._clock()
         try:
