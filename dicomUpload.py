@@ -60,6 +60,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -969,18 +970,26 @@ def talk(process: subprocess.Popen[bytes], given: bytes, watch: Callable[[bytes]
          ) -> Tuple[bytes, bytes]:
     """Feed a program and hear it to its end: its output, and the last of its error output."""
     assert process.stdin and process.stdout and process.stderr
-    with process, ThreadPoolExecutor(1) as other:  # no stream may fill up while another is read
+    out, err = bytearray(), bytearray()
+    with process, selectors.DefaultSelector() as open_ones:
         try:
-            out, err, speaks = other.submit(process.stdout.read), b"", process.stderr.fileno()
+            # zip and curl read all of their input before they say much.
             with suppress(BrokenPipeError), process.stdin as into:
                 into.write(given)
-            for piece in iter(lambda: os.read(speaks, 1 << 16), b""):
-                err = (err + piece)[-10000:]  # of hours of curl's progress
-                watch(err[-200:])
+            open_ones.register(process.stdout, selectors.EVENT_READ, out)
+            open_ones.register(process.stderr, selectors.EVENT_READ, err)
+            while open_ones.get_map():
+                for key, _ in open_ones.select():
+                    piece = os.read(key.fd, 1 << 16)
+                    key.data.extend(piece)
+                    if not piece:
+                        open_ones.unregister(key.fileobj)
+                del err[:-10000]  # hours of curl's progress
+                watch(bytes(err[-200:]))
             process.wait()
-            return out.result(), err
         finally:
             process.kill()  # if something came between
+    return bytes(out), bytes(err)
 
 
 class Workdir:
@@ -1238,17 +1247,17 @@ class Curl:
 
     def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
             seconds: int = 0, moved: Callable[[float], None] = lambda _: None) -> Answer:
-        """One request, with `zipped` (a path) as its file; `seconds` bounds the whole of it.
+        """One request, with `zipped` (a path) as its file; without one `seconds` bounds it.
 
         `moved` is told from time to time how much of the file has gone out, 0 to 1.
         """
-        options, folder = ["--max-time", str(seconds)], "/"  # 0: without end
+        options, folder = ["--silent", "--show-error", "--max-time", str(seconds)], "/"
         if zipped:
             # A plain name in curl's own folder: `;` and `,` in -F names mean something.
             # -F and not -T: XNAT then reads all before it answers, so that the status is always
             # seen and a body cut short imports nothing. Never --data-binary: it fills the memory.
             folder, name = os.path.split(zipped)
-            options += ["--form", f"file=@{name};type=application/zip"]
+            options = ["--progress-bar", "--form", f"file=@{name};type=application/zip"]
             if self.settings.limit_rate:
                 rate = max(1, self.settings.limit_rate // self.settings.procs)
                 options += ["--limit-rate", str(rate)]
@@ -1266,7 +1275,7 @@ class Curl:
 
     def ask_once(self, *paths: str) -> List[Answer]:
         """The answer at each of `paths`, all over one connection, each tried once."""
-        return self._run(paths, ["--max-time", "300"])
+        return self._run(paths, ["--silent", "--show-error", "--max-time", "300"])
 
     def _run(self, paths: Sequence[str], options: List[str], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
@@ -1278,7 +1287,7 @@ class Curl:
         # --location (a redirect would be followed with the login). A dead link would hang for
         # ever; XNAT is silent while it imports, so the longest silence is minutes.
         command = ["curl", "--disable", "--config", "-", "--globoff", "--include", "--fail-early",
-                   "--suppress-connect-headers", "--progress-bar", "--max-filesize", "100000000",
+                   "--suppress-connect-headers", "--max-filesize", "100000000",
                    "--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
                    "--speed-time", str(settings.timeout), *options,
                    "--write-out", f"\n%{{http_code}} %{{redirect_url}} {mark}\n"]

@@ -309,7 +309,7 @@ class ManySessions(FaultTest):
             with self.subTest(options):
                 self.work = self.folder / "-".join(("work", *options))
                 begins, ends = self.outage(*options)
-                self.assertRegex(begins, rf": \d\d\d_pre.*; {AGAIN} 1 s \(1 of 5\)$")
+                self.assertRegex(begins, rf"\(curl exit .*\); {AGAIN} 1 s \(1 of 5\)$")
                 self.assertRegex(ends, r": http://127.0.0.1:\d+: the server answers again$")
 
 
