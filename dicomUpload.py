@@ -1207,7 +1207,7 @@ class Answer:
         if self.code:
             what, words = f"curl exit {self.code}", self.error
         elif self.location:
-            words = f"to {self.location}"
+            words = f"to {self.location[:300]}"
         elif self.status == 200 and self.is_html:
             words = "a login page" if "login" in self.body.lower() else "a web page"
         return f"{what}, {words}" if words else what
@@ -1669,8 +1669,8 @@ class Xnat(Curl):
                 return address
             if meaning.stops:
                 raise self.stop_for(answer)
-            # Refused, or the answer was lost on the way while XNAT went on: look. READY may mean
-            # that archiving is queued.
+            # Refused, or the answer was lost on the way while XNAT went on: wait and look. READY
+            # may mean that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
             if lost and tries <= self.settings.retries:
                 self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
