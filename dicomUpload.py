@@ -68,6 +68,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -903,9 +904,8 @@ class Programs:
         self._lock = threading.Lock()
         self._running: Dict[int, subprocess.Popen[bytes]] = {}
         # zip takes options from two of these, and no program needs the password.
-        hidden = ("ZIPOPT", "ZIP", "XNAT_PASS")
-        self._environment = {os.fsencode(key): os.fsencode(os.environ[key])
-                             for key in os.environ if key not in hidden}
+        self._environment = {key: value for key, value in os.environ.items()
+                             if key not in ("ZIPOPT", "ZIP", "XNAT_PASS")}
         self._guard = self._start(["sh", "-c", self.GUARD], "/")
 
     def _start(self, command: List[str], folder: str) -> subprocess.Popen[bytes]:
@@ -931,38 +931,14 @@ class Programs:
             self._running[process.pid] = process
             self._tell_guard()
         try:
-            out, err = self._talk(process, given, watch)
+            out, err = talk(process, given, watch)
         finally:
-            process.kill()
-            process.wait()
             with self._lock:
                 del self._running[process.pid]
                 self._tell_guard()
         if self.stopping.is_set() and process.returncode < 0:
             raise Stopping("stopping")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-    @staticmethod
-    def _talk(process: subprocess.Popen[bytes], given: bytes,
-              watch: Callable[[bytes], None]) -> Tuple[bytes, bytes]:
-        assert process.stdin and process.stdout and process.stderr
-        # zip and curl read all of their input before they say much.
-        with suppress(BrokenPipeError), process.stdin as into:
-            into.write(given)
-        out, err = bytearray(), bytearray()
-        with process.stdout, process.stderr, selectors.DefaultSelector() as waiting:
-            waiting.register(process.stdout, selectors.EVENT_READ, out)
-            waiting.register(process.stderr, selectors.EVENT_READ, err)
-            while waiting.get_map():
-                for key, _ in waiting.select():
-                    piece = os.read(key.fd, 1 << 16)
-                    key.data.extend(piece)
-                    if not piece:
-                        waiting.unregister(key.fileobj)
-                del err[:-10000]  # hours of curl's progress
-                watch(bytes(err[-200:]))
-        process.wait()
-        return bytes(out), bytes(err)
 
     def _tell_guard(self) -> None:
         with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
@@ -998,6 +974,32 @@ class Programs:
         self._guard.communicate()
 
 
+def talk(process: subprocess.Popen[bytes], given: bytes, watch: Callable[[bytes], None]
+         ) -> Tuple[bytes, bytes]:
+    """Feed a program and hear it to its end: its output, and the last of its error output."""
+    assert process.stdin and process.stdout and process.stderr
+    out, err = bytearray(), bytearray()
+    with process, selectors.DefaultSelector() as open_ones:
+        try:
+            # zip and curl read all of their input before they say much.
+            with suppress(BrokenPipeError), process.stdin as into:
+                into.write(given)
+            open_ones.register(process.stdout, selectors.EVENT_READ, out)
+            open_ones.register(process.stderr, selectors.EVENT_READ, err)
+            while open_ones.get_map():
+                for key, _ in open_ones.select():
+                    piece = os.read(key.fd, 1 << 16)
+                    key.data.extend(piece)
+                    if not piece:
+                        open_ones.unregister(key.fileobj)
+                del err[:-10000]  # hours of curl's progress
+                watch(bytes(err[-200:]))
+            process.wait()
+        finally:
+            process.kill()  # if something came between
+    return bytes(out), bytes(err)
+
+
 class Workdir:
     """The folder for zips, ledger, log and report, held by one run at a time."""
 
@@ -1006,21 +1008,20 @@ class Workdir:
         self.path = os.path.abspath(path)
         self.zips = os.path.join(self.path, "dicomUpload.zips")
         self.advice = ""  # what its user should know
-        self._numbers = itertools.count(1)
         self._room = threading.Condition()
         self._promised = 0
         try:
             os.makedirs(self.path, exist_ok=True)
-            self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "ab")
+            self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "a+", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(OSError):  # a full disk is told by those who need its room
                 os.ftruncate(self._lock.fileno(), 0)
                 os.write(self._lock.fileno(), f"process {os.getpid()} on {os.uname().nodename} "
                          f"since {now()[:16]}".encode())
         except BlockingIOError:
-            with open(self._lock.name, encoding="utf-8") as lock:
-                raise Stop(f"workdir {path}: in use by another run ({lock.read(300)}): wait until "
-                           "it ends")
+            self._lock.seek(0)
+            raise Stop(f"workdir {path}: in use by another run ({self._lock.read(300)}): wait "
+                       "until it ends")
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise Stop(f"workdir {path}: cannot be used ({error.strerror}): choose another")
@@ -1053,30 +1054,27 @@ class Workdir:
         """
         need = zip_room(files)
         with self._room:
-            while shutil.disk_usage(self.zips).free - self._promised < need:
+            while need > (free := shutil.disk_usage(self.zips).free) - self._promised:
                 if not self._promised:
-                    free = size(shutil.disk_usage(self.zips).free)
                     raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
-                                  f"{free})", "make room, lower --max-files, or choose another "
-                                  "--workdir")
+                                  f"{size(free)})", "make room, lower --max-files, or choose "
+                                  "another --workdir")
                 self._room.wait()
             self._promised += need
-        target = os.path.join(self.zips, f"part-{next(self._numbers)}.zip")
-        try:
-            with suppress(FileNotFoundError):  # zip would add to an old one
-                os.unlink(target)
-            yield target
+        try:  # in a folder of its own: zip would add to an old one, and may leave halves
+            with tempfile.TemporaryDirectory(prefix="part-", dir=self.zips) as folder:
+                yield os.path.join(folder, os.path.basename(folder) + ".zip")
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(target)
             with self._room:
                 self._promised -= need
                 self._room.notify_all()
 
 
 def zip_room(files: List[File]) -> int:
-    """Bytes that a zip of these files never exceeds."""
-    return sum(file.bytes for file in files) + 1024 * len(files) + 65536
+    """Bytes that a zip of these files never exceeds, with some for ledger and log beside it."""
+    # What does not shrink grows by 5 in 32,768; names stand twice, with less than 256 around them.
+    return 65536 + sum(file.bytes + file.bytes // 4096 + 2 * len(os.fsencode(file.name)) + 256
+                       for file in files)
 
 
 def pack(folder: str, files: List[File], target: str, level: int, programs: Programs) -> None:
@@ -1108,39 +1106,34 @@ def check_zip(target: str, files: List[File]) -> None:
     zip's exit 0 is no proof: a file that shrank or vanished while it was read gives 0.
     """
     wanted = {(os.fsencode(file.name), file.bytes): file for file in files}
+    found: Dict[Tuple[bytes, int], int] = {}
     try:
         with suppress(FileNotFoundError), zipfile.ZipFile(target) as archive:
             for entry in archive.infolist():
                 # The bytes as they stand in the zip: Python decodes those without flag as cp437.
                 coding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
-                name = entry.orig_filename.encode(coding)
-                file = wanted.pop((name, entry.file_size), None)
-                if not file:
-                    raise cut_short(os.fsdecode(name))
-                file.crc = entry.CRC
+                found[entry.orig_filename.encode(coding), entry.file_size] = entry.CRC
     except (OSError, zipfile.BadZipFile) as error:
         raise Trouble(f"zip made no readable archive ({error})", "run again")
-    for file in wanted.values():
-        raise cut_short(file.name)
-
-
-def cut_short(name: str) -> Trouble:
-    return Trouble(f"{name} could not be read in full, or changed while it was read",
-                   "check it, then run again")
+    for name, _ in sorted(wanted.keys() ^ found.keys()):
+        raise Trouble(f"{os.fsdecode(name)} could not be read in full, or changed while it was "
+                      "read", "check it, then run again")
+    for key, file in wanted.items():
+        file.crc = found[key]
 
 
 class Level:
     """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
     run has measured. While zips wait for the line, packing is behind them and costs nothing."""
 
-    NEWEST = 0.3  # weight of the newest part: a line that changes is followed within a few
+    KEPT = 0.7  # of what was measured before: a line that changes is followed within a few parts
 
     def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
-        self._sums: Dict[str, List[float]] = {}  # seconds or bytes, of so many bytes
-        self._ahead = 0  # bytes of zips that are not answered yet
-        self._going: Counter[str] = Counter()  # zips and POSTs at work
+        self._going: Dict[str, List[int]] = defaultdict(list)  # bytes of each part that is at it
+        self._sums: Dict[str, Tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+        self._pace: Dict[str, float] = {}  # seconds a byte; of "zipped", bytes
         self._clock = clock
         self._lock = threading.Lock()
 
@@ -1152,52 +1145,37 @@ class Level:
             return level
 
     def _sooner(self, count: int) -> int:
-        posting = self._mean("posting", 0.0)
-        if not posting:  # the first one leaves at once; for the others smaller is the safer guess
-            return min(1, self.used[0])
-        wait = self._ahead * posting
-        shared = count * (1 + self._going["packing"])
-        quick = self._mean("packing 0", self._mean("packing 1", 0.0) / 10)
-        slow = shared * self._mean("packing 1", quick * 10)
-        stored = max(wait, shared * quick) + posting * count
-        zipped = max(wait, slow) + posting * count * self._mean("zipped 1", 0.5)
+        if "posting" not in self._pace:
+            return min(1, self.used[0])  # the first one leaves at once; then smaller is safer
+        posting, wait = self._pace["posting"], self._pace["posting"] * sum(self._going["waiting"])
+        shared = count + sum(self._going["packing"])
+        quick = shared * self._pace.get("packing 0", 0.0)
+        slow = shared * self._pace["packing 1"] if "packing 1" in self._pace else 10 * quick
+        stored = max(wait, quick) + posting * count
+        zipped = max(wait, slow) + posting * count * self._pace.get("zipped 1", 0.5)
         look = sum(self.used.values()) % 8 == 0 and slow < wait  # for nothing: do they shrink now?
         return int(zipped < 0.999 * stored or look)
 
-    def _mean(self, what: str, unknown: float) -> float:
-        value, count = self._sums.get(what, (unknown, 1.0))
-        return value / count
-
-    def _learn(self, what: str, value: float, count: int) -> None:
-        self._sums[what] = [(1.0 - self.NEWEST) * old + new for old, new in zip(
-            self._sums.get(what, (0.0, 0.0)), (value, max(1, count)))]
+    def learn(self, what: str, value: float, count: int) -> None:
+        """So many bytes took so many seconds, or became so many bytes."""
+        with self._lock:
+            earlier, of = self._sums[what]
+            self._sums[what] = self.KEPT * earlier + value, self.KEPT * of + max(1, count)
+            self._pace[what] = self._sums[what][0] / self._sums[what][1]
 
     @contextmanager
-    def waits(self, level: int, count: int, made: int) -> Iterator[None]:
-        """A zip that was made of `count` bytes is here until it is sent."""
+    def at(self, what: str, count: int) -> Iterator[None]:
+        """Learn how long so many bytes are at this. What goes on side by side shares the time."""
         with self._lock:
-            self._ahead += made
-            self._learn(f"zipped {level}", made, count)
+            going = self._going[what.split()[0]]
+            going.append(count)
+            alike, began = len(going), self._clock()
         try:
             yield
+            self.learn(what, 2 * (self._clock() - began) / (alike + len(going)), count)
         finally:
             with self._lock:
-                self._ahead -= made
-
-    @contextmanager
-    def timed(self, kind: str, level: str, count: int) -> Iterator[None]:
-        """Learn how long this takes. What goes on side by side shares the time."""
-        with self._lock:
-            self._going[kind] += 1
-            going, began = self._going[kind], self._clock()
-        try:
-            yield
-            with self._lock:
-                seconds = (self._clock() - began) / ((going + self._going[kind]) / 2)
-                self._learn(f"{kind} {level}".strip(), seconds, count)
-        finally:
-            with self._lock:
-                self._going[kind] -= 1
+                going.remove(count)
 
 
 # ---- curl ----------------------------------------------------------------------------------
@@ -1205,15 +1183,26 @@ class Level:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from one curl: `code` is its exit status, `status` the server's."""
+    """What came back from one request: `code` is curl's exit status, `status` the server's."""
 
     code: int
     status: int
     body: str
-    error: str = ""
-    location: str = ""
-    retry_after: float = 0.0
-    cookie: str = field(default="", repr=False)
+    error: str = ""  # in curl's words
+    location: str = ""  # where a redirect points
+    headers: str = field(default="", repr=False)  # the cookie is a secret
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds; ten minutes are the most that we wait."""
+        found = re.search(r"(?im)^retry-after: *([0-9]{1,6})\s*$", self.headers)
+        return min(600.0, float(found[1])) if found else 0.0
+
+    @property
+    def cookie(self) -> str:
+        """A new server session where the old one had expired; not the guest's of a refusal."""
+        found = re.search(r"(?im)^set-cookie: *JSESSIONID=([0-9A-Z._-]+)", self.headers)
+        return found[1] if found and self.status == 200 else ""
 
     @property
     def is_html(self) -> bool:
@@ -1221,10 +1210,15 @@ class Answer:
 
     @property
     def evidence(self) -> str:
-        """curl's exit status and words, or the HTTP status and the server's own sentence."""
-        words = ((f"curl exit {self.code}", self.error) if self.code else
-                 (f"HTTP {self.status}", sentence(self.body)))
-        return ", ".join(filter(None, words))
+        """curl's exit status and words, or the HTTP status and what the server says."""
+        what, words = f"HTTP {self.status}", sentence(self.body)
+        if self.code:
+            what, words = f"curl exit {self.code}", self.error
+        elif self.location:
+            words = f"to {self.location[:300]}"
+        elif self.status == 200 and self.is_html:
+            words = "a login page" if "login" in self.body.lower() else "a web page"
+        return f"{what}, {words}" if words else what
 
     def json(self) -> Any:
         """The body as JSON, None if it is none."""
@@ -1256,15 +1250,16 @@ class Curl:
         self.teller = teller
         self.cookie = ""
         self._numbers = itertools.count(1)
+        self._outage = False  # the server is gone, and that has been told
+        self._lock = threading.Lock()
 
     def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
             seconds: int = 0, moved: Callable[[float], None] = lambda _: None) -> Answer:
-        """One request, with `zipped` (a path) as its file; `seconds` bounds the whole of it.
+        """One request, with `zipped` (a path) as its file; without one `seconds` bounds it.
 
         `moved` is told from time to time how much of the file has gone out, 0 to 1.
         """
-        url = self.settings.url + path + ("?" + urlencode(query) if query else "")
-        options, folder = ["--silent", "--show-error"], "/"
+        options, folder = ["--silent", "--show-error", "--max-time", str(seconds)], "/"
         if zipped:
             # A plain name in curl's own folder: `;` and `,` in -F names mean something.
             # -F and not -T: XNAT then reads all before it answers, so that the status is always
@@ -1278,49 +1273,53 @@ class Curl:
             options += ["--data", "", "--header", "Content-Type:"]
         elif method != "GET":
             options += ["--request", method]
-        options += ["--max-time", str(seconds)] if seconds else []
 
         def watch(said: bytes) -> None:
             percent = re.findall(rb"(\d+\.\d)%", said)
             moved(min(0.99, float(percent[-1]) / 100) if percent else 0.0)
 
-        return self._run([url], options, folder, watch)[0]
+        path += "?" + urlencode(query) if query else ""
+        return self._run([path], options, folder, watch)[0]
 
     def ask_once(self, *paths: str) -> List[Answer]:
         """The answer at each of `paths`, all over one connection, each tried once."""
-        return self._run([self.settings.url + path for path in paths],
-                         ["--silent", "--show-error", "--fail-early", "--max-time", "300"])
+        return self._run(paths, ["--silent", "--show-error", "--max-time", "300"])
 
-    def _run(self, urls: List[str], options: List[str], folder: str = "/",
+    def _run(self, paths: Sequence[str], options: List[str], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
-        """An answer from each URL, in their order."""
+        """One curl: the answer from each path, in their order."""
         settings, mark, number = self.settings, os.urandom(8).hex(), next(self._numbers)
-        # --disable must come first, or ~/.curlrc is read. --config -: login and cookie on
-        # standard input, where `ps` does not see them. --globoff: no [] or {} in the URL.
+        urls = [settings.url + path for path in paths]
+        # --disable must come first, or ~/.curlrc is read. --globoff: no [] or {} in the URL.
         # --include: the headers come with the body. Never --fail (it hides the answer), never
-        # --location (a redirect would be followed with the login).
-        command = ["curl", "--disable", "--config", "-", "--globoff", "--include",
-                   "--suppress-connect-headers", "--write-out", f"\n%{{http_code}} {mark}\n"]
-        # A dead link would hang for ever; XNAT is silent while it imports, so this is minutes.
-        command += ["--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
-                    "--speed-time", str(settings.timeout), "--max-filesize", "100000000"]
+        # --location (a redirect would be followed with the login). A dead link would hang for
+        # ever; XNAT is silent while it imports, so the longest silence is minutes.
+        command = ["curl", "--disable", "--config", "-", "--globoff", "--include", "--fail-early",
+                   "--suppress-connect-headers", "--max-filesize", "100000000",
+                   "--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
+                   "--speed-time", str(settings.timeout), *options,
+                   "--write-out", f"\n%{{http_code}} %{{redirect_url}} {mark}\n"]
         command += ["--cacert", settings.cacert] if settings.cacert else []
-        command += (["--insecure"] if settings.insecure else []) + options
-        # The URL goes in there too: a curl whose parent dies before it is fed does nothing.
-        secrets = [("url", url) for url in urls]
-        secrets += [("user", f"{settings.user}:{settings.password}")]
-        if self.cookie:  # with both, a server session that expired heals itself
-            secrets += [("cookie", f"JSESSIONID={self.cookie}")]
-        given = "".join(f'{key} = "{quoted(value)}"\n' for key, value in secrets)
+        command += ["--insecure"] if settings.insecure else []
+        # On its standard input, where `ps` does not see them; and a curl whose parent dies before
+        # it is fed has no URL. With login and cookie, a server session that expired heals itself.
+        given = [("url", url) for url in urls] + [("user", f"{settings.user}:{settings.password}")]
+        given += [("cookie", f"JSESSIONID={self.cookie}")] if self.cookie else []
+        config = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n"  # quoted alike
+                         for key, value in given)
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
-        done = self.programs.run(command, os.fsencode(given), folder, watch)
-        answers = read_answers(done, mark, len(urls))
-        for url, answer in zip(urls, answers):
+        outage = self._outage
+        done = self.programs.run(command, os.fsencode(config), folder, watch)
+        answers = read_answers(done, mark, paths)
+        for path, answer in zip(paths, answers):
             self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
-            body = " ".join(answer.body.split())[:500]
-            body = "" if "JSESSION" in url + body else body  # that is a secret
+            body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
                             f"{answer.status} {body}")
+        with self._lock:  # only what was asked since can tell that it is over
+            if outage and self._outage and not meaning_of(answers[-1]).gone:
+                self._outage = False
+                self.teller.say(f"{settings.url}: the server answers again")
         return answers
 
     def ask_until(self, about: str, request: Callable[[], Answer], files: int = 0
@@ -1333,35 +1332,34 @@ class Curl:
         for tries in itertools.count(1):
             answer = request()
             meaning = meaning_of(answer)
-            self.check_login(answer)
+            if meaning.stops:
+                raise self.stop_for(answer)
             if not meaning.heals or tries > self.settings.retries:
                 break
             self.wait_to_heal(about, answer, meaning, tries, files)
         if meaning.gone and meaning_of(self.ask(
                 "GET", BUILD_INFO, seconds=min(30, self.settings.timeout))).gone:
-            gone, to_do = "the server is gone", "run again later, it goes on where it stopped"
-            if not self.cookie:  # it was never there: maybe it is somewhere else
-                gone, to_do = "the server does not answer", meaning.to_do
-            raise Stop(f"{self.settings.url}: {gone} ({meaning.means}, {answer.evidence}): {to_do}")
+            raise self.stop_for(answer)
         return answer, meaning, tries
 
     def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
                      ) -> None:
-        """Announce a wait that grows with the tries, and wait."""
+        """Wait, longer with each try. Of many who wait for a server that is gone one tells it."""
         # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes. After silence and
         # a proxy's 504 the first import may go on: XNAT needs 46 to 75 ms a file.
         least = 0.15 * files if meaning.goes_on else answer.retry_after
         pause = max(least, 3.0 ** min(tries - 1, 4)) * random.uniform(1.0, 1.3)
-        self.teller.say(f"{about}: {meaning.means} ({answer.evidence}); trying again in "
-                        f"{pause:.0f} s ({tries} of {self.settings.retries})")
+        with self._lock:
+            tell = self.teller.log if meaning.gone and self._outage else self.teller.say
+            self._outage = self._outage or meaning.gone
+        tell(f"{about}: {meaning.means} ({answer.evidence}); trying again in {pause:.0f} s ({tries}"
+             f" of {self.settings.retries})")
         self.programs.pause(pause)
 
-    def check_login(self, answer: Answer) -> None:
-        """Raises Stop if an answer says that we are not let in any more."""
-        page = answer.status == 200 and answer.is_html and "login" in answer.body.lower()
-        archived = answer.status == 301 and "/data/archive/" in answer.body  # what a commit says
-        if answer.status == 401 or page or 300 <= answer.status < 400 and not archived:
-            raise Stop(refusal(self.settings, answer))
+    def stop_for(self, answer: Answer) -> Stop:
+        """The end of the run: what an answer means, and what to do about it."""
+        meaning = meaning_of(answer)
+        return Stop(f"{self.settings.url}: {meaning.means} ({answer.evidence}): {meaning.to_do}")
 
     def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
         """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
@@ -1370,7 +1368,7 @@ class Curl:
         found = answer.json()
         if found is None and answer.status != 404:
             raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do if
-                          answer.status != 200 else "check that this is XNAT's own address")
+                          answer.status != 200 else "is this XNAT's own address?")
         return found
 
     def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
@@ -1378,48 +1376,25 @@ class Curl:
         found = self.get(path, query)
         rows = table(found)
         if rows is None and found is not None:
-            raise Trouble(f"{path} is no listing", "check that this is XNAT's own address")
+            raise Trouble(f"{path} is no listing", "is this XNAT's own address?")
         return rows
 
 
-def quoted(text: str) -> str:
-    """`text` for a double-quoted value in curl's config."""
-    return text.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, count: int) -> List[Answer]:
-    """Take curl's output apart: each answer ends with its HTTP status and `mark`."""
-    pieces = re.split(rb"\n(\d{3}) " + mark.encode() + rb"\n", done.stdout)
-    pieces = pieces[:-1] or [done.stdout, b"000"]  # curl was killed: no mark, no status
-    pairs = list(zip(pieces[::2], pieces[1::2]))[:count]
-    # The exit status is that of the last one that was tried (--fail-early).
-    last = len(pairs) if done.returncode > 0 else count
-    pairs += [(b"", b"000")] * (count - len(pairs))
-    return [read_answer(out, int(status), done if at == last else None)
-            for at, (out, status) in enumerate(pairs, 1)]
-
-
-def read_answer(out: bytes, status: int,
-                done: Optional[subprocess.CompletedProcess[bytes]]) -> Answer:
-    """One answer: the headers of each hop, then the body."""
-    found = re.match(rb"(?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+", out)
-    head = found[0].decode("latin-1") if found else ""
-
-    def header(pattern: str) -> str:
-        match = re.search(rf"(?im)^{pattern}", head)
-        return match[1].strip() if match else ""
-
-    code, told = (done.returncode, done.stderr.decode("utf-8", "replace")) if done else (0, "")
-    error = re.search(r"curl: \(\d+\) (.*)", told, re.DOTALL)  # after the bars of its progress
-    return Answer(
-        code, 0 if code else status,  # after a failed transfer curl may still say 100 or 200
-        out[len(head):].decode("utf-8", "replace"),
-        " ".join(error[1].split())[:200] if error else "",
-        header(r"location:(.*)$"),
-        # No server is waited for longer than ten minutes.
-        min(600.0, float(header(r"retry-after: *(\d{1,6})\s*$") or 0)),
-        # A new server session where the old one had expired; not the guest's of a refusal.
-        header(r"set-cookie: *JSESSIONID=([0-9A-Za-z._-]+)") if status == 200 else "")
+def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Sequence[str]
+                 ) -> List[Answer]:
+    """Take curl's output apart: of each path the headers of each hop, the body, and the mark."""
+    told = re.search(r"curl: \(\d+\) (.*)", done.stderr.decode("utf-8", "replace"), re.DOTALL)
+    error = " ".join(told[1].split())[:200] if told else ""  # after the bars of its progress
+    found = re.findall(
+        r"((?:HTTP/[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)*)(.*?)\n(\d{3}) ([^\n]*) " + mark + "\n",
+        done.stdout.decode("utf-8", "replace"), re.DOTALL)
+    # It has ended at the first that failed (--fail-early); its HTTP status may still say 200.
+    whole = found[:-1] if done.returncode > 0 else found
+    answers = [Answer(0, int(status), body, "",
+                      re.sub(re.escape(path) + "$", "", location),  # the URL that would be right
+                      headers)
+               for path, (headers, body, status, location) in zip(paths, whole)]
+    return answers + [Answer(done.returncode, 0, "", error)] * (len(paths) - len(answers))
 
 
 Row = Dict[str, str]
@@ -1445,6 +1420,7 @@ class Meaning(NamedTuple):
     heals: bool = False  # waiting may
     gone: bool = False  # nothing that looks like a working XNAT answered
     goes_on: bool = False  # the server may still be at work on the request
+    stops: bool = False  # no other request would fare better
 
 
 NO = "the server refused it"
@@ -1453,27 +1429,38 @@ LATER = "run again later"
 LOST = True, True  # heals, gone
 MEANINGS = (
     # curl's exit statuses: what never came to an answer.
-    Meaning(r"exit 5\b", "the proxy's name cannot be found", "check the proxy settings", *LOST),
-    Meaning(r"exit 6\b", "the server's name cannot be found", "check URL and network", *LOST),
+    Meaning(r"exit [56]\b", "the server's or the proxy's name cannot be found",
+            "check URL, network and proxy settings", *LOST),
     Meaning(r"exit 7\b", "nothing answers there", "check URL, network, and whether XNAT is up",
             *LOST),
     Meaning(r"exit 28\b", "the connection went silent", "check the network, and see --timeout",
             *LOST, True),
     Meaning(r"exit 35\b", "no encrypted connection comes about",
             "check https or http, and the port", *LOST),
-    Meaning(r"exit 52\b", "the server closed the connection without an answer", LATER, *LOST),
-    Meaning(r"exit (16|18|55|56|92|95|96)\b", "the connection broke", LATER, *LOST),
-    Meaning(r"exit 60\b.*expired", "the server's certificate has expired",
-            "ask the XNAT admin to renew it"),
-    Meaning(r"exit 60\b.*not yet valid", "the server's certificate is not valid yet",
-            "check this machine's clock"),
-    Meaning(r"exit 60\b.*subject name", "the server's certificate is for another name",
-            "give the URL by that name"),
+    Meaning(r"exit (16|18|52|55|56|92|95|96)\b", "the connection broke", LATER, *LOST),
+    Meaning(r"exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is not "
+            "valid for this time or name", "check this machine's clock and the URL, then ask the "
+            "XNAT admin"),
     Meaning(r"exit 60\b", "the server's certificate is not trusted",
             "give your site's CA with --cacert FILE"),
     Meaning(r"exit 77\b", "the CA file cannot be read", "check --cacert"),
     Meaning("exit -", "curl was killed", "run again", *LOST),
     Meaning("curl exit", "curl failed", "run again"),
+    # What lets us in nowhere.
+    Meaning(r"HTTP (401|3.*/Login\.vm)", "login refused", "check USER and PASS (20 wrong ones lock "
+            "the account for an hour; too many open sessions look the same)", stops=True),
+    Meaning("HTTP 3.*UpdateUser", "the password has expired", "set a new one in the browser",
+            stops=True),
+    Meaning("HTTP 3.*InactiveAccount", "the account is not active yet", "ask the XNAT admin",
+            stops=True),
+    Meaning("HTTP 3.., to (?!.*/data/archive/)", "the server has another address",
+            "give that one as URL", stops=True),
+    Meaning("HTTP 200, a login page", "a web page came instead of an answer",
+            "is this XNAT's own address?", stops=True),
+    Meaning("HTTP 200, a web page", "a web page came instead of an answer",
+            "is this XNAT's own address?"),
+    Meaning("HTTP 404", "it is not there", "look at the session in XNAT's prearchive, and whether "
+            "the URL is XNAT's own address"),
     # What waiting heals, by XNAT's own words and by a proxy's status.
     Meaning("HTTP (400|409|423|500).*(concurrent file sends|session processing (may already be )?"
             "in progress|concurrent modification is discouraged|duplicate archive attempt|"
@@ -1485,25 +1472,20 @@ MEANINGS = (
     # What XNAT refuses to import.
     Meaning("HTTP 413", NO, "lower --max-files, or ask the admin to raise client_max_body_size"),
     Meaning("HTTP 403", NO, "ask the project's owner for the right to edit"),
-    Meaning("unable to read dicom", NO, "here it reads as DICOM, so ask the XNAT admin whether the "
-            "server's disk is full; if not, copy that file again from its source"),
-    Meaning("contains no sop", NO, "copy that file again from its source, then run again"),
+    Meaning("unable to read dicom|contains no sop", NO, "here it reads as DICOM, so ask the "
+            "XNAT admin whether the server's disk is full; if not, copy that file again from its "
+            "source"),
     # What XNAT refuses to archive (PrearcSessionArchiver).
-    Meaning("duplicated sop instance", NO, "XNAT has an image of it twice: delete the session in "
-            "XNAT's prearchive, then run again"),
-    Meaning("non-parsable", NO, "an import that broke off left a half file there: delete the "
-            "session in XNAT's prearchive, then run again"),
+    Meaning("duplicated sop instance|non-parsable", NO, "XNAT has an image of it twice, or half a "
+            "file: delete the session in XNAT's prearchive, then run again"),
     Meaning("same uid, but a different number", NO, "XNAT has this series under another number: "
             "ask the XNAT admin to delete that scan, and the session in the prearchive, then run "
             "again"),
-    Meaning("modality", NO, "XNAT has a session of another modality under this label: rename the "
-            "folder"),
     Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the "
             "session in the prearchive, then run again; if they are newer here, --overwrite-files "
             "replaces XNAT's"),
-    Meaning("another subject|session subject", NO, "the label belongs to another subject: rename "
-            "the folder"),
-    Meaning("session uid", NO, "XNAT has another study under this label: rename the folder"),
+    Meaning("modality|(another|session) subject|session uid", NO, "XNAT has another subject, study "
+            "or modality under this label: rename the folder"),
     Meaning("timeout interval", "XNAT is still at work on it", LATER),
     Meaning("HTTP 5", NO, "run again later; if it stays, ask the XNAT admin"),
     Meaning("", NO, "look at the session in XNAT's prearchive"),
@@ -1515,32 +1497,6 @@ def meaning_of(answer: Answer) -> Meaning:
     evidence = answer.evidence
     return next(each for each in MEANINGS
                 if re.search(each.sign, evidence, re.IGNORECASE | re.DOTALL))
-
-
-def refusal(settings: Settings, answer: Answer) -> str:
-    """Why the server does not let us in: one sentence with the remedy."""
-    user, target = settings.user, answer.location
-    if answer.code:
-        meaning = meaning_of(answer)
-        why = f"{meaning.means} ({answer.evidence}): {meaning.to_do}"
-    elif answer.status == 401 or "Login" in target:
-        why = (f"login refused for {user} (HTTP {answer.status}): check USER and PASS (20 wrong "
-               "ones lock the account for an hour; too many open sessions look the same)")
-    elif "UpdateUser" in target:
-        why = f"the password of {user} has expired: set a new one in the browser"
-    elif "InactiveAccount" in target:
-        why = f"the account {user} is not active yet: ask the XNAT admin"
-    elif target.startswith("https:") and settings.url.startswith("http:"):
-        site = target[8:].partition("/")[0]
-        path = "".join(settings.url[7:].partition("/")[1:])  # XNAT may have one of its own
-        why = f"the server wants https: give https://{site}{path} as URL"
-    elif target:
-        why = f"the server redirects to {target}: give the address that XNAT itself has"
-    elif answer.is_html and answer.status == 200:
-        why = "a web page came instead of an answer (login?): is this XNAT's own address?"
-    else:
-        why = f"unexpected answer ({answer.evidence}): is this XNAT's own address?"
-    return f"{settings.url}: {why}"
 
 
 # ---- xnat ----------------------------------------------------------------------------------
@@ -1572,8 +1528,10 @@ class Xnat(Curl):
         into another one or to Unassigned (GradualDicomImporter).
         """
         answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
-        if answer.status != 200 or not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
-            raise Stop(refusal(self.settings, answer))
+        if answer.status != 200:
+            raise self.stop_for(answer)
+        if not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
+            raise Stop(f"{self.settings.url}: no login came back: is this XNAT's own address?")
         self.cookie, user = answer.body.strip(), self.settings.user
         try:
             found = self.get(self.path())
@@ -1601,6 +1559,7 @@ class Xnat(Curl):
 
     def close(self) -> None:
         """Give the server session back: a user has a limited number of them."""
+        self._outage = False  # nobody waits for its end any more
         if self.cookie:
             self.ask("DELETE", "/data/JSESSION", seconds=3)
 
@@ -1720,11 +1679,13 @@ class Xnat(Curl):
                 return "/data" + found[1]
             if answer.status == 200 and "/data/prearchive/" in answer.body:
                 return address
-            if answer.status != 301:
-                self.check_login(answer)
-            # Refused, or the answer was lost on the way while XNAT went on: look. READY may mean
-            # that archiving is queued.
+            if meaning.stops:
+                raise self.stop_for(answer)
+            # Refused, or the answer was lost on the way while XNAT went on: wait and look. READY
+            # may mean that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
+            if lost and tries <= self.settings.retries:
+                self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
             status = self.settled(address).get("status", "")
             for pause in (1.0, 3.0, 6.0):
                 if lost and status == "READY":
@@ -1734,7 +1695,6 @@ class Xnat(Curl):
                 return ""
             if not lost or tries > self.settings.retries:
                 break
-            self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
         if meaning.heals and status in ("CONFLICT", "ERROR"):  # XNAT keeps the reason
             answer = self.ask("GET", address + "/logs/last")
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
@@ -2282,10 +2242,11 @@ class Sender:
             zipped = stack.enter_context(self.workdir.room_for(part.files))
             series.began = series.began or time.monotonic()
             chosen = level.choose(part.bytes)
-            with level.timed("packing", str(chosen), part.bytes):
+            with level.at(f"packing {chosen}", part.bytes):
                 pack(series.folder, part.files, zipped, chosen, self.xnat.programs)
             made = os.path.getsize(zipped)
-            stack.enter_context(level.waits(chosen, part.bytes, made))
+            level.learn(f"zipped {chosen}", made, part.bytes)
+            stack.enter_context(level.at("waiting", made))
             self.xnat.teller.log(f"{series.folder}: {plural(len(part.files), 'file')} packed at "
                                  f"level {chosen}, {size(part.bytes)} to {size(made)}")
             return zipped, stack.pop_all()
@@ -2296,7 +2257,7 @@ class Sender:
         session, series, made = outcome.session, part.series, os.path.getsize(zipped)
         with self.slots, self.xnat.teller.at_work(f"{session.label} {series.name}",
                                                   part.files) as moved:
-            with self.level.timed("posting", "", made):
+            with self.level.at("posting", made):
                 address = self.xnat.post(session, series, len(part.files), zipped, moved)
             self.ledger.add("sent", session, series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),

@@ -292,7 +292,7 @@ class Usage:
                 self.own = max([self.own] + [int(value) * 1024 for value in high])
             self.tree = max(self.tree, sum(map(resident, family(pid))))
             sizes = []
-            for path in work.glob("dicomUpload.zips/*"):
+            for path in work.glob("dicomUpload.zips/*/*"):
                 with contextlib.suppress(OSError):
                     sizes.append(path.stat().st_size)
             self.disk, self.zips = max(self.disk, sum(sizes)), max(self.zips, len(sizes))

@@ -15,15 +15,15 @@ ADDRESS = "/data/prearchive/projects/BRAIN/20200102_101500123/007_pre"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/uri-list\r\n\r\n"
 
 
-def answer(out: bytes, code: int = 0, err: bytes = b"") -> Any:
+def answer(out: bytes, code: int = 0, err: bytes = b"", location: bytes = b"") -> Any:
     """curl's output, as the program reads it."""
-    return answers(out + b" mark\n" if out else b"", 1, code, err)[0]
+    return answers(out + b" %s mark\n" % location if out else b"", 1, code, err)[0]
 
 
 def answers(out: bytes, count: int, code: int = 0, err: bytes = b"") -> List[Any]:
     """curl's output for so many URLs."""
     done = subprocess.CompletedProcess(["curl"], code, out, err)
-    return dicomUpload.read_answers(done, "mark", count)
+    return dicomUpload.read_answers(done, "mark", ["/data/JSESSION"] * count)
 
 
 def page(body: bytes, status: int = 400) -> Any:
@@ -61,17 +61,15 @@ class Answers(unittest.TestCase):
 
     def test_each_of_several_answers_keeps_its_own_status_and_body(self) -> None:
         head = b"HTTP/1.1 200 OK\r\n\r\n"
-        whole = head + b"one\n200 mark\n" + b"\n000 mark\n" + head + b"three\n200 mark\n"
+        whole = head + b"one\n200  mark\n" + b"\n000  mark\n" + head + b"three\n200  mark\n"
         for title, out, code, wanted in (
                 ("all", whole, 0, [(200, "one", 0), (0, "", 0), (200, "three", 0)]),
-                ("the last is cut short", whole, 18, [(200, "one", 0), (0, "", 0),
-                                                      (0, "three", 18)]),
-                ("the first is cut short, and no other is tried", head + b"on\n200 mark\n", 18,
-                 [(0, "on", 18), (0, "", 0), (0, "", 0)]),
-                ("curl was killed", head + b"one\n200 mark\n" + head + b"tw", -9,
-                 [(200, "one", 0), (0, "", 0), (0, "", -9)]),
-                ("it was killed before it began", b"", -9,
-                 [(0, "", 0), (0, "", 0), (0, "", -9)])):
+                ("the last is cut short", whole, 18, [(200, "one", 0), (0, "", 0), (0, "", 18)]),
+                ("the first is cut short, and no other is tried", head + b"on\n200  mark\n", 18,
+                 3 * [(0, "", 18)]),
+                ("curl was killed", head + b"one\n200  mark\n" + head + b"tw", -9,
+                 [(200, "one", 0), (0, "", -9), (0, "", -9)]),
+                ("it was killed before it began", b"", -9, 3 * [(0, "", -9)])):
             with self.subTest(title):
                 found = answers(out, 3, code)
                 self.assertEqual([(each.status, each.body, each.code) for each in found], wanted)
@@ -79,7 +77,7 @@ class Answers(unittest.TestCase):
     def test_curls_own_words_are_found_behind_its_progress(self) -> None:
         bars = b"\r##   4.0%\r#####  41.5%\ncurl: (56) Recv failure:\nConnection reset\n"
         self.assertEqual(answer(b"\n000", 56, bars).error, "Recv failure: Connection reset")
-        self.assertEqual(answer(b"\n000", -15, b"\r## 4.0%").evidence, "curl exit -15")
+        self.assertEqual(answer(b"", -15, b"\r## 4.0%").evidence, "curl exit -15")
 
     def test_retry_after_is_seconds_and_has_an_end(self) -> None:
         for value, wanted in ((b"7", 7), (b" 120 ", 120), (b"999999", 600), (b"-1", 0),
@@ -90,10 +88,20 @@ class Answers(unittest.TestCase):
                 self.assertEqual(found.retry_after, wanted)
 
     def test_headers_are_found_whatever_their_case_and_never_in_the_body(self) -> None:
-        out = (b"HTTP/1.1 302 X\r\nLOCATION:  https://x/y z \r\nx-location: no\r\n\r\n"
-               b"location: body\nset-cookie: JSESSIONID=body\n302")
-        self.assertEqual(answer(out).location, "https://x/y z")
-        self.assertEqual(page(b"location: x\nRetry-After: 9").location, "")
+        out = (b"HTTP/1.1 200 X\r\nSET-COOKIE: JSESSIONID=head\r\nx-retry-after: 3\r\n\r\n"
+               b"Retry-After: 9\nset-cookie: JSESSIONID=body\n200")
+        self.assertEqual((answer(out).cookie, answer(out).retry_after), ("head", 0))
+        self.assertEqual((page(b"\nRetry-After: 9").retry_after, page(b"x").cookie), (0, ""))
+
+    def test_a_redirect_points_to_the_url_that_would_have_been_right(self) -> None:
+        for location, wanted in ((b"https://x/y/data/JSESSION", "https://x/y"),
+                                 (b"https://x/y z", "https://x/y z"), (b"", ""),
+                                 (b"https://x/data/JSESSION?a", "https://x/data/JSESSION?a")):
+            with self.subTest(location):
+                found = answer(b"HTTP/1.1 302 X\r\n\r\nhere\n302", location=location)
+                self.assertEqual(found.location, wanted)
+                self.assertEqual(found.evidence, f"HTTP 302, {'to ' * bool(wanted)}"
+                                                 f"{wanted or 'here'}")
 
     def test_a_cookie_is_taken_from_an_answer_that_let_us_in_only(self) -> None:
         for status, value, wanted in ((200, b"A1.node-2; Path=/", "A1.node-2"), (401, b"A1", ""),
@@ -163,14 +171,6 @@ class Sentences(unittest.TestCase):
             self.assertLess(len(page(body).evidence), 400)
 
 
-class Config(unittest.TestCase):
-    def test_quoted_values_are_read_back_by_curl(self) -> None:
-        for text, wanted in (("plain", "plain"), ('a"b', 'a\\"b'), ("a\\b", "a\\\\b"),
-                             ('\\"', '\\\\\\"'), ("#;,: ", "#;,: ")):
-            with self.subTest(text):
-                self.assertEqual(dicomUpload.quoted(text), wanted)
-
-
 class OneCurl(UploadTest):
     """What the real curl is given and gives."""
 
@@ -203,6 +203,11 @@ class OneCurl(UploadTest):
             self.assertNotEqual(curl.ask("GET", "/data/projects").code, 0)
             curl.ask("DELETE", "/data/JSESSION")
             self.assertEqual(sum(each.path == odd for each in server.requests), 1)
+            for password in ('a"b', "a\\b", '\\"', "#;,: ", "ä日 '$HOME", "\\n"):
+                server.accounts.users["alice"].password = password
+                curl = dicomUpload.Curl(
+                    dicomUpload.replace(settings, password=password), programs, told)
+                self.assertEqual(curl.ask("GET", "/data/projects").status, 200, password)
         text = "\n".join(told.lines)
         self.assertNotIn("s3cret", text)
         self.assertNotIn(login.body.strip(), text)

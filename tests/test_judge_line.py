@@ -156,7 +156,7 @@ class LineTest(RunningTest):
             line.put("down", line.here)
             ran = self.ended(process, 40)
             self.assertEqual(ran.status, 3, ran.text)
-            self.assertRegex(ran.err, "192.0.2.2.*the server is gone .*run again later")
+            self.assertRegex(ran.err, "dicomUpload: http://192.0.2.2.*: .* .curl exit .*: .+")
             self.assertIn("\nNot finished: 007_pre, 008_pre\n", ran.out)
             self.assertRegex(ran.out, "Not whole in the prearchive.*007_pre")
             self.assertEqual(self.statuses(), "sent, not sent, not sent, not sent")

@@ -7,6 +7,7 @@ prints all that the program can say, to be read aloud as the coordinator would.
 import ast
 import re
 import sys
+import types
 import unittest
 from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -40,22 +41,26 @@ class Meanings(unittest.TestCase):
     # By XNAT's own words (xnat.md 4.2, 6, 13.3 and 13.4), and those of curl and proxies.
     CASES: List[Case] = [
         (5, 0, "Could not resolve proxy: x", "proxy settings", True, True),
-        (6, 0, "Could not resolve host: x", "check URL and network", True, True),
+        (6, 0, "Could not resolve host: x", "check URL, network", True, True),
         (7, 0, "Failed to connect", "whether XNAT is up", True, True),
         (16, 0, "HTTP/2 framing", "connection broke", True, True),
         (18, 0, "transfer closed", "connection broke", True, True),
         (28, 0, "Operation too slow", "--timeout", True, True),
         (35, 0, "wrong version number", "https or http", True, True),
-        (52, 0, "Empty reply from server", "without an answer", True, True),
+        (52, 0, "Empty reply from server", "connection broke", True, True),
         (55, 0, "Send failure: Broken pipe", "connection broke", True, True),
         (56, 0, "Recv failure", "connection broke", True, True),
-        (60, 0, "SSL certificate problem: certificate has expired", "renew it", False, False),
+        (60, 0, "SSL certificate problem: certificate has expired", "XNAT admin", False,
+         False),
         (60, 0, "certificate is not yet valid", "clock", False, False),
-        (60, 0, "no alternative certificate subject name matches", "by that name", False, False),
+        (60, 0, "no alternative certificate subject name matches", "and the URL", False, False),
         (60, 0, "self-signed certificate", "--cacert FILE", False, False),
         (77, 0, "error setting certificate verify locations", "check --cacert", False, False),
         (-9, 0, "", "killed", True, True),
         (1, 0, "Received HTTP/0.9 when not allowed", "curl failed", False, False),
+        (0, 401, "", "login refused: check USER and PASS", False, False),
+        (0, 200, "<html>Maintenance</html>", "is this XNAT's own address", False, False),
+        (0, 404, "Not here", "is XNAT's own address", False, False),
         (0, 502, "502 Bad Gateway", "behind its proxy", True, True),
         (0, 503, "503 Service Unavailable", "behind its proxy", True, True),
         (0, 504, "504 Gateway Time-out", "--max-files", True, True),
@@ -71,11 +76,11 @@ class Meanings(unittest.TestCase):
         (0, 409, "Session already contains a scan with the same UID, but a different number "
          "(5-MR1).", "under another number", False, False),
         (0, 409, "Invalid modification of session modality via archive process.",
-         "another modality", False, False),
+         "modality under this label", False, False),
         (0, 409, "Invalid modification of session UID via archive process.",
-         "another study", False, False),
+         "study or modality under this label", False, False),
         (0, 409, "Invalid modification of session subject via archive process.",
-         "another subject", False, False),
+         "XNAT has another subject", False, False),
         (0, 500, "FAILED: Operation Failed: Session already exists with matching files.",
          "--overwrite-files", False, False),
         (0, 500, "a timeout interval elapsed", "still at work", False, False),
@@ -127,6 +132,9 @@ class Meanings(unittest.TestCase):
     def test_every_row_can_be_reached(self) -> None:
         met = {id(meaning(code, status, text)) for code, status, text, *_ in self.CASES}
         met.add(id(meaning(0, 409, "Session processing in progress")))
+        met.add(id(meaning(0, 200, "<html>Login</html>")))
+        met |= {id(dicomUpload.meaning_of(answer(0, 302, location=f"https://x/{page}")))
+                for page in ("", "XDATScreen_UpdateUser.vm", "InactiveAccount.vm")}
         for row in dicomUpload.MEANINGS:
             with self.subTest(row.sign):
                 self.assertIn(id(row), met)
@@ -134,10 +142,10 @@ class Meanings(unittest.TestCase):
     def test_advice_on_one_thing_does_not_catch_another(self) -> None:
         for text, no in (
                 ("Session already contains a scan with the same UID, but a different number (5).",
-                 "another study"),
-                ("Session already contains a scan with the same UID", "another study"),
-                ("Invalid modification of session UID via archive process.", "modality"),
-                ("Invalid modification of session modality via archive process.", "another study"),
+                 "rename"),
+                ("Session already contains a scan with the same UID", "rename"),
+                ("Invalid modification of session UID via archive process.", "another number"),
+                ("Invalid modification of session modality via archive process.", "another number"),
                 ("Scan 5 DICOM catalog contains duplicated SOP instance UIDs: x", "copy that file"),
                 ("Scan 5 has 1 non-DICOM (or non-parsable DICOM) files", "copy that file")):
             with self.subTest(text):
@@ -148,35 +156,30 @@ class Refusal(unittest.TestCase):
     """Why the server does not let us in."""
 
     def test_each_has_its_sentence_with_the_remedy(self) -> None:
-        def settings(url: str) -> Any:
-            return dicomUpload.Settings(url, "alice", "s3cret", *[None] * (
-                len(dicomUpload.fields(dicomUpload.Settings)) - 3))
-
-        http, https = "http://xnat.example.org/x", "https://xnat.example.org"
-        login, page = "/app/template/Login.vm", "<!DOCTYPE html><html>"
-        cases: List[Tuple[str, Any, str]] = [
-            (https, answer(0, 401), "login refused for alice.*check USER and PASS"),
-            (https, answer(0, 302, location=https + login), "login refused for alice"),
-            (https, answer(0, 302, location=https + "/app/template/XDATScreen_UpdateUser.vm"),
-             "password of alice has expired.*browser"),
-            (https, answer(0, 302, location=https + "/app/template/InactiveAccount.vm"),
-             "not active yet.*admin"),
-            (http, answer(0, 301, location="https://xnat.example.org/x/data/JSESSION"),
-             "give https://xnat.example.org/x as URL"),
-            (http, answer(0, 308, location="https://other:8443/x/data/JSESSION"),
-             "give https://other:8443/x as URL"),
-            (https, answer(0, 301, location="https://new.example.org/data/JSESSION"),
-             "redirects to https://new.example.org/data/JSESSION.*give the address"),
-            (https, answer(0, 200, page), "web page.*XNAT's own address"),
-            (https, answer(0, 200, "x" * 100), "unexpected answer .HTTP 200.*own address"),
-            (https, answer(0, 404, "<h3>Not here</h3>"), "HTTP 404, Not here.*own address"),
-            (https, answer(7, 0, "Failed to connect"), "nothing answers.*curl exit 7.*check URL"),
-        ]
-        for url, given, words in cases:
+        url, app, page = "http://xnat.example.org/x", "/app/template/", "<!DOCTYPE html><html>"
+        settings: Any = types.SimpleNamespace(url=url, password="s3cret")
+        curl = dicomUpload.Curl(settings, dicomUpload.Programs, dicomUpload.Teller)
+        for given, stops, words in (
+                (answer(0, 401), True, "login refused .HTTP 401.: check USER and PASS"),
+                (answer(0, 302, location=f"{url}{app}Login.vm"), True, "login refused"),
+                (answer(0, 302, location=f"{url}{app}XDATScreen_UpdateUser.vm"), True,
+                 "the password has expired.*browser"),
+                (answer(0, 302, location=f"{url}{app}InactiveAccount.vm"), True,
+                 "not active yet.*admin"),
+                (answer(0, 301, location="https://login.example.org:8443/x"), True,
+                 "another address .HTTP 301, to https://login.example.org:8443/x.: give that one"),
+                (answer(0, 200, page + "<form>Login"), True, "web page.*XNAT's own address"),
+                (answer(0, 200, page), False, "HTTP 200, a web page.*XNAT's own address"),
+                (answer(0, 301, "/data/archive/projects/BRAIN", location=f"{url}/data/archive/x"),
+                 False, ""),
+                (answer(0, 301, "/data/archive/projects/BRAIN"), False, ""),
+                (answer(0, 404, "<h3>Not here</h3>"), False, "HTTP 404, Not here.*own address"),
+                (answer(7, 0, "Failed to connect"), False, "nothing answers.*exit 7.*check URL")):
             with self.subTest(words):
-                told = dicomUpload.refusal(settings(url), given)
+                told = str(curl.stop_for(given))
                 self.assertRegex(told, rf"\A{re.escape(url)}: .*{words}")
                 self.assertNotIn("s3cret", told)
+                self.assertEqual(dicomUpload.meaning_of(given).stops, stops)
 
 
 class ThroughTheProgram(TreeTest):

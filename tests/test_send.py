@@ -5,6 +5,7 @@ And what many sessions do to each other: side by side, one after another, all re
 
 import os
 import shutil
+import time
 import types
 import unittest
 from typing import Any, Callable, List
@@ -125,7 +126,8 @@ def enable_alice(test: FaultTest, server: Standin) -> None:
 
 ALONE = [
     # what stops the run at once
-    Row("a 401 stops the run", page(401, "no"), 1, 0, NEITHER, 3, "login refused for alice",
+    Row("a 401 stops the run", page(401, "no"), 1, 0, NEITHER, 3,
+        r"login refused \(HTTP 401, no\): check USER",
         more=stops_asking),
     Row("a login page stops the run", on(IMPORT, "login page"), 1, 0, NEITHER, 3, "login",
         more=stops_asking),
@@ -138,7 +140,8 @@ ALONE = [
     Row("a redirect to the expired password", on(IMPORT, "redirect", location=EXPIRED_VM), 1, 0,
         NEITHER, 3, "expired", more=stops_asking, beside=True),
     Row("a redirect to https", on(IMPORT, "redirect", status=301, location="https://127.0.0.1/x"),
-        1, 0, NEITHER, 3, "wants https: give https://127.0.0.1", more=stops_asking, beside=True),
+        1, 0, NEITHER, 3, r"another address \(HTTP 301, to https://127.0.0.1/x\): give that",
+        more=stops_asking, beside=True),
     Row("an account disabled in the middle", on(IMPORT, "disable account", skip=1), 2, 0, FIRST, 3,
         "login refused", mend=enable_alice),
     # what heals by itself
@@ -152,7 +155,7 @@ ALONE = [
     Row("a 503 with Retry-After is waited for", proxy(503, retry_after="3"), 3, 1, BOTH, 0, AGAIN,
         more=waited(3), beside=True),
     Row("a 503 twice heals with two retries", proxy(503, times=2), 4, 1, BOTH, 0,
-        r"\(1 of 2\) | \(2 of 2\)", options="--retries 2"),
+        r"\(1 of 2\) | answers again", options="--retries 2"),
     Row("a 503 is not tried again without retries", proxy(503), 2, 0, SECOND, 1, "HTTP 503",
         options="--retries 0"),
     Row("an import that lands after its client has gone", on(
@@ -205,7 +208,7 @@ class ManySessions(FaultTest):
             server.fail("reset before", IMPORT, skip=1, times=None)
             server.fail("reset before", BUILD, skip=1, times=None)
             ran = self.run_it(server, "--procs", "1", "--retries", "1", status=3, posts=3,
-                              words="server is gone | 5 not finished|not sent")
+                              words="http.*broke .*: run again later | 5 not finished|not sent")
             self.assertEqual(self.statuses(), "sent" + 5 * ", not sent", ran.text)
             server.faults.clear()
             self.run_it(server, "--procs", "1", status=0, posts=5, commits=5)
@@ -216,7 +219,8 @@ class ManySessions(FaultTest):
         with self.xnat() as server:
             server.fail("close", IMPORT, skip=2, times=None)
             server.fail("close", BUILD, skip=1, times=None)
-            self.run_it(server, "--procs", "4", "--retries", "1", status=3, words="server is gone")
+            self.run_it(server, "--procs", "4", "--retries", "1", status=3,
+                        words="http.*connection broke .*: run again later")
             self.assertLessEqual(len(server.imports()), 2 + 2 * 4)
             server.faults.clear()
             self.run_it(server, status=0)
@@ -275,13 +279,38 @@ class ManySessions(FaultTest):
     def test_every_wait_is_announced_in_one_line_with_its_number(self) -> None:
         self.tree("007/pre/A_0001")
         with self.xnat() as server:
-            server.fail("status", IMPORT, status=503, times=2)
-            ran = self.run_it(server, "--retries", "2", status=0, posts=3, words=AGAIN)
+            server.fail("status", IMPORT, status=429, times=2)
+            ran = self.run_it(server, "--retries", "2", status=0, posts=3,
+                              words=r"\(1 of 2\) | \(2 of 2\)")
             lines = [line for line in ran.err.splitlines() if AGAIN in line]
             self.assertEqual(len(lines), 2, ran.err)
             first, second, third = server.imports()
             self.assertGreater(third.started - float(second.answered or 0),
                                second.started - float(first.answered or 0), "waits grow")
+
+
+    def outage(self, *options: str) -> List[str]:
+        """What a run of eight sessions says while four are sent, and the server goes away and
+        comes back."""
+        self.many(8)
+        with self.xnat(seconds_per_file=0.4) as server:
+            process = self.start(self.arguments(server.url, "--procs", "4", *options))
+            self.assertTrue(server.wait_for(lambda: len(server.imports()) > 4, 30))
+            with server.down():
+                time.sleep(1.5)
+            out, err = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 0, out + err)
+            self.assert_whole(server)
+        self.assertGreater(self.log().count(AGAIN), 3, "several have waited")
+        return [line for line in err.splitlines() if "PASS:" not in line]
+
+    def test_an_outage_is_one_line_and_its_end_another_however_many_wait(self) -> None:
+        for options in (), ("--quiet",):
+            with self.subTest(options):
+                self.work = self.folder / "-".join(("work", *options))
+                begins, ends = self.outage(*options)
+                self.assertRegex(begins, rf"\(curl exit .*\); {AGAIN} 1 s \(1 of 5\)$")
+                self.assertRegex(ends, r": http://127.0.0.1:\d+: the server answers again$")
 
 
 class Waits(unittest.TestCase):
@@ -290,7 +319,7 @@ class Waits(unittest.TestCase):
         waits: List[float] = []
         settings: Any = types.SimpleNamespace(retries=9999)
         programs: Any = types.SimpleNamespace(pause=waits.append)
-        teller: Any = types.SimpleNamespace(say=lambda text: None)
+        teller: Any = types.SimpleNamespace(say=str, log=str)
         curl = dicomUpload.Curl(settings, programs, teller)
         answer = dicomUpload.Answer(0, 503, "")
         for tries in (1, 2, 3, 30, 9999):
@@ -302,7 +331,7 @@ class Waits(unittest.TestCase):
         waits: List[float] = []
         settings: Any = types.SimpleNamespace(retries=1)
         programs: Any = types.SimpleNamespace(pause=waits.append)
-        teller: Any = types.SimpleNamespace(say=lambda text: None)
+        teller: Any = types.SimpleNamespace(say=str, log=str)
         for answer in dicomUpload.Answer(0, 504, ""), dicomUpload.Answer(28, 0, ""):
             dicomUpload.Curl(settings, programs, teller).wait_to_heal(
                 "007_pre", answer, dicomUpload.meaning_of(answer), 1, files=500)

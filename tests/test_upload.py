@@ -298,7 +298,7 @@ class Stops(RunningTest):
             server.fail("close", "import|buildInfo", skip=2, times=None)
             ran = self.upload(server, "--procs", "1", "--retries", "0")
             self.assertEqual(ran.status, 3, ran.text)
-            self.assertRegex(ran.err, "the server is gone .*run again later")
+            self.assertRegex(ran.err, "dicomUpload: http.*connection broke .*: run again later")
             self.assertIn("do not archive by hand: 007_pre", ran.out)
             self.assertEqual(self.statuses(), "sent, not sent, not sent")
             server.faults.clear()
