@@ -219,6 +219,10 @@ class Kept:
             raise AttributeError(name)
         return lambda *given: self.told.append((name, given))
 
+    def bad(self) -> bool:
+        return any(name in ("addFailure", "addError") or name == "addSubTest" and given[-1]
+                   for name, given in self.told)
+
     def tell(self, result: unittest.TestResult) -> None:
         for name, given in self.told:
             if hasattr(result, name):
@@ -231,10 +235,15 @@ class SideBySide(unittest.TestSuite):
     def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
         tests = list(leaves(self))
         kept = [Kept() for _ in tests]
+
+        def play(number: int) -> None:
+            if not (result.failfast and any(each.bad() for each in kept)):
+                tests[number].run(kept[number])
+
         with ThreadPoolExecutor(WIDTH) as pool:
             jobs = {}
             for number in sorted(range(len(tests)), key=lambda number: not is_slow(tests[number])):
-                jobs[number] = pool.submit(tests[number].run, kept[number])
+                jobs[number] = pool.submit(play, number)
             for number in range(len(tests)):
                 if result.shouldStop:
                     jobs[number].cancel()
