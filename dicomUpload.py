@@ -1131,6 +1131,7 @@ class Level:
     def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
+        self.knows_line = threading.Event()
         self._going: Dict[str, List[int]] = defaultdict(list)  # bytes of each part that is at it
         self._sums: Dict[str, Tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
         self._pace: Dict[str, float] = {}  # seconds a byte; of "zipped", bytes
@@ -1153,7 +1154,7 @@ class Level:
         slow = shared * self._pace["packing 1"] if "packing 1" in self._pace else 10 * quick
         stored = max(wait, quick) + posting * count
         zipped = max(wait, slow) + posting * count * self._pace.get("zipped 1", 0.5)
-        look = sum(self.used.values()) % 8 == 0 and slow < wait  # for nothing: do they shrink now?
+        look = sum(self.used.values()) % 16 == 0 and slow < wait  # for nothing: do they shrink now?
         return int(zipped < 0.999 * stored or look)
 
     def learn(self, what: str, value: float, count: int) -> None:
@@ -1162,6 +1163,8 @@ class Level:
             earlier, of = self._sums[what]
             self._sums[what] = self.KEPT * earlier + value, self.KEPT * of + max(1, count)
             self._pace[what] = self._sums[what][0] / self._sums[what][1]
+        if what == "posting":
+            self.knows_line.set()
 
     @contextmanager
     def at(self, what: str, count: int) -> Iterator[None]:
@@ -2241,6 +2244,8 @@ class Sender:
             stack.enter_context(self.zips)
             zipped = stack.enter_context(self.workdir.room_for(part.files))
             series.began = series.began or time.monotonic()
+            if level.used and level.fixed == AUTO:  # what the first POST shows is worth a moment
+                level.knows_line.wait(0.3)
             chosen = level.choose(part.bytes)
             with level.at(f"packing {chosen}", part.bytes):
                 pack(series.folder, part.files, zipped, chosen, self.xnat.programs)
