@@ -117,6 +117,10 @@ class Trouble(Exception):
         self.refused = refused  # by the server
 
 
+class Full(Trouble):
+    """There is no room in the workdir: the others go on, and the run ends with 3."""
+
+
 def option(names: str, text: str, default: Any = None, **more: Any) -> Any:
     """A field that the command line fills; `names` ends with what --help calls its value."""
     *flags, metavar = names.split()
@@ -1050,15 +1054,15 @@ class Workdir:
     def room_for(self, files: List[File]) -> Iterator[str]:
         """A name for a zip of these files, once there is room. The zip is removed at the end.
 
-        Waits while other zips are in the way; raises Trouble if it would not fit even alone.
+        Waits while other zips are in the way; raises Full if it would not fit even alone.
         """
         need = zip_room(files)
         with self._room:
             while need > (free := shutil.disk_usage(self.zips).free) - self._promised:
                 if not self._promised:
-                    raise Trouble(f"workdir {self.path} is too full (needs {size(need)}, has "
-                                  f"{size(free)})", "make room, lower --max-files, or choose "
-                                  "another --workdir")
+                    raise Full(f"workdir {self.path} is too full (needs {size(need)}, has "
+                               f"{size(free)})", "make room, lower --max-files, or choose "
+                               "another --workdir")
                 self._room.wait()
             self._promised += need
         try:  # in a folder of its own: zip would add to an old one, and may leave halves
@@ -1095,8 +1099,10 @@ def pack(folder: str, files: List[File], target: str, level: int, programs: Prog
     done = programs.run(["zip", "-q", "-X", "-D", f"-{level}", target, "-@"], names, folder)
     if done.returncode not in (0, 12, 18):  # 12, 18: a file could not be read; check_zip names it
         text = " ".join((done.stdout + done.stderr).decode("utf-8", "replace").split())
-        raise Trouble(f"zip failed (exit {done.returncode}{', ' + text if text else ''})",
-                      "make room in the workdir" if done.returncode == 14 else "run again")
+        what = f"zip failed (exit {done.returncode}{', ' + text if text else ''})"
+        if done.returncode == 14:
+            raise Full(what, "make room in the workdir")
+        raise Trouble(what, "run again")
     check_zip(target, files)
 
 
@@ -2310,6 +2316,7 @@ class Upload:
         self.waiting = iter(tree.sessions)
         self.active: Dict[str, Outcome] = {}  # sessions on their way, by path
         self.whole: List[Session] = []  # archived, now or before
+        self.full = False  # the workdir was too full for something
         self.largest: List[int] = []  # bytes of the largest zips that a dry run foresees
         self._refused: List[str] = []  # the words of the last refusals, while they are alike
         self._lock = threading.Lock()
@@ -2353,6 +2360,8 @@ class Upload:
             with self._lock:
                 del self.active[session.path]
                 self.whole += [session] if outcome.where in ("archived", "there") else []
+                self.full |= any(isinstance(each, Full)
+                                 for series in outcome.series for each in series.problems)
             self.teller.session(outcome)
             self._count_refusals(outcome)
 
@@ -3348,7 +3357,7 @@ def send_all(upload: Upload, teller: Teller) -> int:
     whole = teller.summary(upload, stop)
     if stop:
         return int(getattr(stop, "status", STOPPED))
-    return ALL_THERE if whole else SOME_FAILED
+    return ALL_THERE if whole else STOPPED if upload.full else SOME_FAILED
 
 
 def stop_on_signals(teller: Teller) -> None:

@@ -292,9 +292,10 @@ class Usage:
                 self.own = max([self.own] + [int(value) * 1024 for value in high])
             self.tree = max(self.tree, sum(map(resident, family(pid))))
             sizes = []
-            for path in work.glob("dicomUpload.zips/*/*"):
-                with contextlib.suppress(OSError):
-                    sizes.append(path.stat().st_size)
+            for folder, _, names in os.walk(str(work / "dicomUpload.zips")):  # they come and go
+                for name in names:
+                    with contextlib.suppress(OSError):
+                        sizes.append(os.stat(os.path.join(folder, name)).st_size)
             self.disk, self.zips = max(self.disk, sum(sizes)), max(self.zips, len(sizes))
 
 

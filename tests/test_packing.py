@@ -206,7 +206,7 @@ class TheWorkdir(RunningTest):
         self.tree("007/pre/B_0002", "008/pre/A_0001")
         self.small_disk("1m")
         with self.xnat() as server:
-            self.run_it(server, status=1, posts=2, commits=1,
+            self.run_it(server, status=3, posts=2, commits=1,
                         words=f"too full .*needs 3.* MB, has .*B | lower --max-files | {HELD}")
             self.assertEqual(self.statuses(), "not sent, sent, sent")
             # Smaller parts fit where a whole series does not, one after another.
