@@ -2808,7 +2808,7 @@ class Teller(Screen):
         self._ends["not finished"] = len(rest)
         self._tell_failures()
         line(important=False)
-        self._tell_counts()
+        self._tell_counts(upload.sender.level)
         if self.settings.dry_run:
             self._tell_room(upload)
         if rest:
@@ -2850,7 +2850,7 @@ class Teller(Screen):
                               f"{some([each for each, _ in more], 3)}")
                 self.line(f"      {trouble.to_do}")
 
-    def _tell_counts(self) -> None:
+    def _tell_counts(self, level: Level) -> None:
         """How many of everything."""
         for noun, nouns, counts in (("session", "sessions", self._ends),
                                     ("series", "series", self._statuses),
@@ -2862,7 +2862,8 @@ class Teller(Screen):
         if self._counts["files"]:
             seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
-                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s).")
+                      f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), mostly at "
+                      f"zip's level {level.used.most_common(1)[0][0]}.")
 
     def _tell_room(self, upload: Upload) -> None:
         """What a dry run says of the workdir's disk."""

@@ -594,7 +594,9 @@ class Options(Refusals):
             (kept / level).mkdir(parents=True)
             with self.subTest(level), self.xnat(keep=str(kept / level)) as server:
                 options = () if level == "auto" else ("--compression", level)
-                self.run_it(server, "--again", "--procs", "1", *options, status=0, posts=3)
+                ran = self.run_it(server, "--again", "--procs", "1", *options, status=0, posts=3)
+                self.assertRegex(ran.out, f", mostly at zip's level {level}" if options else
+                                 r", mostly at zip's level [01]\.\n")
                 found: Set[int] = set()
                 for path in (kept / level).iterdir():
                     with zipfile.ZipFile(path) as archive:

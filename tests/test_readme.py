@@ -49,6 +49,7 @@ def words_of_the_code() -> list:
 def alike(line: str) -> str:
     """A line of a run without what differs from run to run."""
     line = re.sub(r"\d[\d,.]* (bytes|kB|MB|GB)(/s)?", "SIZE", line)
+    line = re.sub("level [01]", "level N", line)
     return re.sub(r" +", " ", re.sub(r"\d+(\.\d)? s\b|_\d{8}-\d{6}-\d{3}", "TIME", line))
 
 
