@@ -953,6 +953,8 @@ class Programs:
         """Work in a thread of its own: what stops it stops the run, at once."""
         try:
             return work(*given)
+        except Trouble:  # of one series or session
+            raise
         except BaseException as end:
             if not isinstance(end, Stopping):
                 self.reason = self.reason or end
@@ -2085,14 +2087,15 @@ class Comparison:
             count, images = sum(scan.files for scan in mine), [image for _, image in pairs]
             if not count:
                 continue
-            absent, sure = [], True  # type: List[File], bool
-            if count != len(images):
-                absent, sure = not_among(images, self.xnat.names(mine))
+            names = self.xnat.names(mine) if count != len(images) else []
+            absent, sure = not_among(images, names) if count != len(images) else ([], True)
             if count > len(images) == len(absent):  # another program's names: the count tells
                 absent = []
+            # XNAT would refuse it, or put it in another image's place.
+            taken = any(stored_name(image) in names for image in absent)
             there |= set(images) - set(absent)
             series = list(dict.fromkeys(each for each, _ in pairs))
-            if absent and not sure and not all(self.memory.of(each).is_of(
+            if taken or absent and not sure and not all(self.memory.of(each).is_of(
                     [image for image in each.images if image in there], each) for each in series):
                 for each in series:
                     each.problems.append(Trouble(
@@ -2158,9 +2161,7 @@ def not_among(images: List[File], names: List[str]) -> Tuple[List[File], bool]:
         if left[name] < 1:
             absent.append(image)
         left[name] -= 1
-    # What is left over may be an absent one; and of two with one name, which one is there?
-    return absent, bool(names) and max(left.values()) < 1 and not any(
-        stored_name(image) in names for image in absent)
+    return absent, bool(names) and max(left.values()) < 1  # what is left over may be an absent one
 
 
 def stored_name(image: File) -> str:
@@ -2268,8 +2269,9 @@ class Sender:
         session, series, made = outcome.session, part.series, os.path.getsize(zipped)
         with self.slots, self.xnat.teller.at_work(f"{session.label} {series.name}",
                                                   part.files) as moved:
-            with self.level.at("posting", made):
-                address = self.xnat.post(session, series, len(part.files), zipped, moved)
+            with self.level.at("posting", made):  # guarded: a stop comes before the next has a slot
+                address: str = self.xnat.programs.guarded(
+                    self.xnat.post, session, series, len(part.files), zipped, moved)
             self.ledger.add("sent", session, series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
                             address=address)
