@@ -971,7 +971,8 @@ class Programs:
         with self._lock:
             self.stopping.set()
             for process in self._running.values():
-                process.kill()
+                with suppress(ProcessLookupError):  # before Python 3.10, if it ends just now
+                    process.kill()
 
     def close(self) -> None:
         """End everything, and let the guard go."""
