@@ -165,8 +165,7 @@ class Settings:
     procs: int = option("--procs N", "uploads side by side", 4)
     max_files: int = option("--max-files N", "files per zip", 500)
     compression: int = option("--compression auto|0-9", "zip's level; auto takes 0 or 1, whichever "
-                              "is faster here", "auto",
-                              choices=["auto", *"0123456789"])
+                              "is faster here", "auto", choices=["auto", *"0123456789"])
     retries: int = option("--retries N", "tries after the first", 5)
     timeout: int = option(
         "--timeout SECONDS", "seconds without a byte before a transfer counts as dead", 900)
@@ -345,8 +344,9 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
             names = [""]  # a session without a name stands for it, and fails
         for name in names:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
-            claim(owners, "session", Session(subject, name).label, path)
-            tree.labels.add(Session(subject, name).label)
+            label = Session(subject, name).label
+            claim(owners, "session", label, path)
+            tree.labels.add(label)
             chosen = settings.chooses(subject, name)
             tree.idle -= settings.matching(subject, name)
             if chosen or len(tree.sample) < SAMPLE:
@@ -1137,43 +1137,52 @@ class Level:
 
     KEPT = 0.7  # of what was measured before: a line that changes is followed within a few parts
 
-    def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, fixed: int, clock: Callable[[], float] = time.monotonic,
+                 patience: float = 0.3) -> None:
+        """Of auto: so many seconds at most the other parts wait for the first one's answer, which
+        tells what the line is."""
         self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
-        self.knows_line = threading.Event()
+        self._patience = patience
+        self._answered = threading.Event()  # a POST: it is known what the line is
         self._going: Dict[str, List[int]] = defaultdict(list)  # bytes of each part that is at it
-        self._sums: Dict[str, Tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-        self._pace: Dict[str, float] = {}  # seconds a byte; of "zipped", bytes
+        self._sums: Dict[str, Tuple[float, float]] = {}  # seconds (of "zipped", bytes), of bytes
         self._clock = clock
         self._lock = threading.Lock()
 
     def choose(self, count: int) -> int:
         """The level for a part of so many bytes."""
+        if self.fixed == AUTO and self.used:
+            self._answered.wait(self._patience)
         with self._lock:
             level = self._sooner(count) if self.fixed == AUTO else self.fixed
             self.used[level] += 1
             return level
 
     def _sooner(self, count: int) -> int:
-        if "posting" not in self._pace:
+        if "posting" not in self._sums:
             return min(1, self.used[0])  # the first one leaves at once; then smaller is safer
-        posting, wait = self._pace["posting"], self._pace["posting"] * sum(self._going["waiting"])
+        posting = self._pace("posting")
+        wait = posting * sum(self._going["waiting"])
         shared = count + sum(self._going["packing"])
-        quick = shared * self._pace.get("packing 0", 0.0)
-        slow = shared * self._pace["packing 1"] if "packing 1" in self._pace else 10 * quick
+        quick = shared * self._pace("packing 0")
+        slow = shared * self._pace("packing 1", 10 * self._pace("packing 0"))
         stored = max(wait, quick) + posting * count
-        zipped = max(wait, slow) + posting * count * self._pace.get("zipped 1", 0.5)
+        zipped = max(wait, slow) + posting * count * self._pace("zipped 1", 0.5)
         look = sum(self.used.values()) % 16 == 0 and slow < wait  # for nothing: do they shrink now?
         return int(zipped < 0.999 * stored or look)
+
+    def _pace(self, what: str, unknown: float = 0.0) -> float:
+        value, count = self._sums.get(what, (unknown, 1.0))
+        return value / count
 
     def learn(self, what: str, value: float, count: int) -> None:
         """So many bytes took so many seconds, or became so many bytes."""
         with self._lock:
-            earlier, of = self._sums[what]
+            earlier, of = self._sums.get(what, (0.0, 0.0))
             self._sums[what] = self.KEPT * earlier + value, self.KEPT * of + max(1, count)
-            self._pace[what] = self._sums[what][0] / self._sums[what][1]
         if what == "posting":
-            self.knows_line.set()
+            self._answered.set()
 
     @contextmanager
     def at(self, what: str, count: int) -> Iterator[None]:
@@ -1696,7 +1705,8 @@ class Xnat(Curl):
             # Refused, or the answer was lost on the way while XNAT went on: wait and look. READY
             # may mean that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
-            if lost and tries <= self.settings.retries:
+            again = lost and tries <= self.settings.retries
+            if again:
                 self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
             status = self.settled(address).get("status", "")
             for pause in (1.0, 3.0, 6.0):
@@ -1705,7 +1715,7 @@ class Xnat(Curl):
                     status = self.settled(address).get("status", "")
             if not status:
                 return ""
-            if not lost or tries > self.settings.retries:
+            if not again:
                 break
         if meaning.heals and status in ("CONFLICT", "ERROR"):  # XNAT keeps the reason
             answer = self.ask("GET", address + "/logs/last")
@@ -2086,10 +2096,12 @@ class Comparison:
         for uid, pairs in self.by_uid.items():
             mine = [scan for scan in scans if uid and scan.uid == uid]
             count, images = sum(scan.files for scan in mine), [image for _, image in pairs]
-            if not count:
+            if count == len(images):
+                there.update(images)
+            if count in (0, len(images)):
                 continue
-            names = self.xnat.names(mine) if count != len(images) else []
-            absent, sure = not_among(images, names) if count != len(images) else ([], True)
+            names = self.xnat.names(mine)
+            absent, sure = not_among(images, names)
             if count > len(images) == len(absent):  # another program's names: the count tells
                 absent = []
             # XNAT would refuse it, or put it in another image's place.
@@ -2252,8 +2264,6 @@ class Sender:
             stack.enter_context(self.zips)
             zipped = stack.enter_context(self.workdir.room_for(part.files))
             series.began = series.began or time.monotonic()
-            if level.used and level.fixed == AUTO:  # what the first POST shows is worth a moment
-                level.knows_line.wait(0.3)
             chosen = level.choose(part.bytes)
             with level.at(f"packing {chosen}", part.bytes):
                 pack(series.folder, part.files, zipped, chosen, self.xnat.programs)

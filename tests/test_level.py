@@ -31,7 +31,7 @@ class Run:
         self.machine = machine
         self.seconds = 0.0
         self.levels: List[int] = []
-        self.level = Level(level, lambda: self.seconds)
+        self.level = Level(level, lambda: self.seconds, patience=0)
         self._at = [""] * parts
         self._left = [0.0] * parts  # MB or seconds of what a part is at
         steps = [self._part(part) for part in range(parts)]
