@@ -1166,9 +1166,9 @@ class Level:
         wait = posting * sum(self._going["waiting"])
         shared = count + sum(self._going["packing"])
         quick = shared * self._pace("packing 0")
-        slow = shared * self._pace("packing 1", 10 * self._pace("packing 0"))
-        stored = max(wait, quick) + posting * count
-        zipped = max(wait, slow) + posting * count * self._pace("zipped 1", 0.5)
+        slow = shared * self._pace("packing 1", 4 * self._pace("packing 0"))
+        stored = max(wait, quick) + posting * shared
+        zipped = max(wait, slow) + posting * shared * self._pace("zipped 1", 0.5)
         look = sum(self.used.values()) % 16 == 0 and slow < wait  # for nothing: do they shrink now?
         return int(zipped < 0.999 * stored or look)
 

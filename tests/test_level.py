@@ -20,7 +20,7 @@ class Machine(NamedTuple):
     imports: float = 0        # seconds of XNAT's own for a part
     cores: int = 2
     procs: int = 4
-    part: int = 4             # MB
+    part: int = 4             # MB, in the mean: from half to one and a half, as series differ
     zips: Any = (600.0, 50.0)  # MB a second that one core takes at level 0, at level 1
 
 
@@ -75,10 +75,11 @@ class Run:
         return of(machine.line, part) / alike if at == "on the line" else 1
 
     def _part(self, part: int) -> Iterator[None]:
-        machine, count = self.machine, self.machine.part * MB
+        machine, megabytes = self.machine, self.machine.part * (0.5 + part * 37 % 101 / 100)
+        count = round(megabytes * MB)
         level = self.level.choose(count)
         self.levels.append(level)
-        self._at[part], self._left[part] = "packing", machine.part
+        self._at[part], self._left[part] = "packing", megabytes
         with self.level.at(f"packing {level}", count):
             yield
         made = round(count * of(machine.shrinks, part)) if level else count
@@ -135,7 +136,8 @@ class LevelTest(unittest.TestCase):
         for before, after, last in ((1000, 2.5, "1"), (2.5, 1000, "0")):
             levels = Run(Machine(lambda part, before=before, after=after: (
                 before if part < 50 else after))).levels
-            self.assertEqual(shown(levels)[70:], last * 30, shown(levels))
+            # A small part may go at 1 while many bytes wait: it costs nothing then.
+            self.assertGreaterEqual(shown(levels)[70:].count(last), 27, shown(levels))
 
     def test_images_that_do_not_shrink_settle_on_0_with_a_look_where_it_costs_nothing(self) -> None:
         for line, least in ((2.5, 80), (12.5, 80), (125, 80), (1000, 92)):
