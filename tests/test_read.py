@@ -15,13 +15,16 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import unittest
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Set, Tuple
 
-from tests.dicom import dicomdir_file, digests, uid, write_series
+from dicomUpload import READERS, File, Series, read_files
+from tests.dicom import dicom_file, dicomdir_file, digests, uid, write_series
 from tests.support import Ran, drop_root_rights
 from tests.support import load_tests as load_tests  # several at a time
 from tests.trees import COPY, TreeTest
@@ -838,6 +841,57 @@ class Opening(ReadTest):
             self.assertEqual(process.returncode, 143, out + err)
         opened = {each.name for each in self.opened() if each.moment < first}
         self.assertTrue(0 < len(opened) <= sessions // 3, f"{len(opened)} opened")
+
+    def test_files_that_are_waited_for_are_read_several_at_a_time(self) -> None:
+        share = Share(self.folder, 4 * READERS)
+        found = [header for _, _, header in read_files(share.files)]
+        self.assertEqual([getattr(each, "sop", each) for each in found], share.sops)
+        self.assertEqual(set(share.at_once[:READERS]), {1})  # it is not known yet
+        self.assertGreater(max(share.at_once), READERS // 4)
+        self.assertLessEqual(max(share.at_once), READERS)
+
+    def test_files_of_a_quick_disk_are_read_one_after_another(self) -> None:
+        """Threads would only be in each other's way."""
+        self.series("007/pre/T1", files=4 * READERS)
+        readers: Set[int] = set()
+
+        class Folder(os.PathLike):  # type: ignore[type-arg]
+            def __fspath__(folder) -> str:
+                readers.add(threading.get_ident())
+                return str(self.root / "007/pre/T1")
+
+        series = Series("T1", Folder())  # type: ignore[arg-type]
+        found = list(read_files([(series, File(path.name, path.stat().st_size, 0))
+                                 for path in (self.root / "007/pre/T1").iterdir()]))
+        self.assertEqual((len(found), readers), (4 * READERS, {threading.get_ident()}))
+
+
+class Share:
+    """Files that a millisecond passes for: pipes, each with a writer who takes its time."""
+
+    def __init__(self, folder: Path, files: int) -> None:
+        self.at_once: List[int] = []  # how many were being read when this one was opened
+        self.sops = [uid("share", number) for number in range(files)]
+        self.files: List[Tuple[Series, File]] = []
+        self._going = 0
+        self._lock = threading.Lock()
+        for number, sop in enumerate(self.sops):
+            data = dicom_file(study=uid("share"), series=uid("share", "T1"), sop_instance=sop)
+            self.files.append((Series("T1", str(folder)), File(f"{number}.dcm", len(data), 0)))
+            os.mkfifo(folder / f"{number}.dcm")
+            threading.Thread(target=self._write, args=(folder / f"{number}.dcm", data),
+                             daemon=True).start()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with path.open("wb") as pipe:  # once somebody reads
+            with self._lock:
+                self._going += 1
+                self.at_once.append(self._going)
+            time.sleep(0.001)
+            with self._lock:
+                self._going -= 1
+            pipe.write(data)
+
 
 
 if __name__ == "__main__":
