@@ -123,7 +123,7 @@ class CompareTest(UploadTest):
         self.assertEqual(len(server.prearchive), left, server.tree())
 
     def other_tool(self, server: Standin, rename: Callable[[int, str], str], *options: str,
-                   only: str = "*") -> None:
+                   only: str = "*", **call: Any) -> None:
         """Send a copy of the tree's files, under other names, from elsewhere."""
         root = self.folder / "theirs"
         for path in sorted(self.root.rglob(only)):
@@ -132,7 +132,7 @@ class CompareTest(UploadTest):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, place.with_name(
                     rename(int(re.sub(r"\D", "", path.stem)), place.parent.name)))
-        ran = self.run_command([*self.arguments(server.url, *options, root=root), "--workdir",
+        ran = self.run_command([*self.arguments(server.url, *options, root=root, **call), "--workdir",
                                 str(self.folder / "theirs-work")])
         self.assertEqual(ran.status, 0, ran.text)
         shutil.rmtree(root)
@@ -568,6 +568,24 @@ class InThePrearchive(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    def test_a_copy_is_no_matter_where_xnat_replaces_what_it_has(self) -> None:
+        for project, options in cases(("OVER", ()), ("BRAIN", ("--overwrite-files",))):
+            with self.subTest(project=project), self.xnat() as server:
+                self.plant(ONE, TWO)
+                self.other_tool(server, uid_name(uid("007", "pre")), "--review", project=project)
+                row = server.prearchive[0]
+                server.store.remove(row)
+                self.run_once(server, project=project)
+                server.store.add(row)
+                server.store._by_key[row.project, row.tag, row.name] = row
+                self.elsewhere()
+                self.plant("pre/PD_0003")
+                seen = self.run_once(server, *options, project=project)
+                self.assertEqual(seen.sent, [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
+                self.assertEqual(server.prearchive, [])
+                shutil.rmtree(self.root)
+                self.elsewhere()
+
     def test_a_copy_under_other_names_is_a_copy(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
@@ -758,6 +776,26 @@ class SomethingElseIsThere(CompareTest):
                 self.told(server, "5 sessions: 4 not there, 1 already there")
                 shutil.rmtree(self.root)
                 self.elsewhere()
+
+    def test_again_sends_nothing_under_a_label_that_somebody_elses_study_has(self) -> None:
+        """What may be sent again is what an earlier run has brought there."""
+        self.plant(ONE)
+        with self.xnat() as server:
+            server.make_session("BRAIN", "007_pre", "007", uid("somebody else"))
+            seen = self.told(server, "another study under the label 007_pre", "--again")
+            self.assertNotIn("script of the site", seen.ran.out)  # we have sent it nothing
+
+    def test_another_study_in_a_folder_of_which_all_is_there_is_told_with_what_it_may_be(
+            self) -> None:
+        self.plant(ONE)
+        with self.xnat() as server:
+            self.run_once(server)
+            shutil.rmtree(self.root)
+            write_series(self.root / "007" / ONE, study=uid("another"), number=1, files=2)
+            seen = self.told(server, "another study under the label 007_pre")
+            self.assertIn("if it is a script of the site that changes UIDs", seen.ran.out)
+            self.assertEqual(self.advice(seen.ran),
+                             ["--overwrite-files", "--again", "--only", "007/pre"])
 
     def test_subjects_are_the_same_in_any_case(self) -> None:
         self.plant(ONE, subject="Sub1")

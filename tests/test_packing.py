@@ -104,6 +104,23 @@ class Programs(RunningTest):
 
 # ---- The workdir -----------------------------------------------------------------------------
 
+    def test_of_all_that_ends_while_a_run_is_stopped_its_first_reason_is_told(self) -> None:
+        programs = dicomUpload.Programs()
+        self.addCleanup(programs.close)
+
+        def end(of: BaseException) -> None:
+            raise of
+
+        first, words = dicomUpload.Stop("the first"), "what a thread ends with"
+        for each in (dicomUpload.Trouble(words, ""), dicomUpload.Stopping(words), first,
+                     dicomUpload.Stopping(words), dicomUpload.Stop("a second one")):
+            with self.assertRaises(type(each)):
+                programs.guarded(end, each)
+            stops = not isinstance(each, dicomUpload.Trouble)
+            self.assertEqual(programs.stopping.is_set(), stops)
+        self.assertIs(programs.reason, first)
+
+
 class TheWorkdir(RunningTest):
 
     def small_disk(self, size: str) -> None:
