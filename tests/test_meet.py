@@ -61,7 +61,10 @@ ROWS = [
     # -- the project
     Row("an unknown project", page(404, where=PROJECT), 0, 0, START, 3, "check its ID"),
     Row("a project that comes late", proxy(503, PROJECT), 2, 1, BOTH, 0, AGAIN),
-    Row("a project that fails", page(500, "boom", where=PROJECT), 0, 0, START, 3, "HTTP 500, boom"),
+    Row("a project that fails", page(500, "boom", where=PROJECT), 0, 0, START, 3,
+        r"HTTP 500, boom\): run again later"),
+    Row("a project that is no JSON", on(PROJECT, "answer", status=200, body=b"brain"), 0, 0, START,
+        3, r"HTTP 200, brain\): is this XNAT's own address", beside=True),
     Row("a project that is a page", on(PROJECT, "answer", status=200, body=b"<html>Hi</html>"),
         0, 0, START, 3, "address", beside=True),
     Row("a project without ID", on(PROJECT, "answer", status=200, body=b"{}"), 0, 0, START, 3,

@@ -418,7 +418,7 @@ class FilesThatChangeOnTheWay(RunningTest):
     def test_a_file_that_changes_while_it_is_packed_fails_its_series(self) -> None:
         """Between the last look at it and zip's; zip itself takes it as it is, with exit 0."""
         changes = {"cut": "truncate -s -100 IM0002.dcm", "longer": "echo 1 >> IM0002.dcm",
-                   "away": "rm IM0002.dcm"}
+                   "away": "rm IM0002.dcm", "all": "rm *.dcm"}
         for name in changes:
             write_series(self.root / name / "s" / "A_0001", study=uid(name), files=2)
         script = 'case "$PWD" in ' + "".join(
@@ -428,8 +428,8 @@ class FilesThatChangeOnTheWay(RunningTest):
             self.assertEqual(ran.status, 1, ran.text)
             self.assertEqual(server.imports(), [])
         for name in changes:
-            self.assertRegex(ran.out, f"{name}_s +A_0001 +not sent +IM0002.dcm could not be read "
-                             "in full, or changed while it was read")
+            self.assertRegex(ran.out, f"{name}_s +A_0001 +not sent +IM000{1 if name == 'all' else 2}"
+                             ".dcm could not be read in full, or changed while it was read")
         self.tidy(ran)
 
 
