@@ -3,6 +3,7 @@
     python3 -m tests.benchmark            all conditions, about half an hour
     python3 -m tests.benchmark --quick    small trees, one round, under two minutes
     python3 -m tests.benchmark --only mr-free mr-100M --rounds 5 --peers
+    python3 -m tests.benchmark --beside OLD.py    this version and another one, nothing else
 
 The stand-in XNAT runs as a process of its own; the contenders take turns, round by round, each
 through its command line, with a warm page cache. A time is from a process's start to its end.
@@ -211,6 +212,7 @@ for session in */*; do
         --subject "${session%/*}" --experiment "${session%/*}_${session#*/}" "$session" || exit
 done
 """
+OTHER = "other"  # version of this program
 PEERS = {"xnatctl": ("xnatctl==0.6.0", XNATCTL), "xnatpy": ("xnat==0.8.1", XNATPY)}
 
 
@@ -243,9 +245,9 @@ def command_of(contender: str, url: str, root: Path, work: Path,
                       XNAT_PASS="s3cret", XNATPY_PASS="s3cret")
         return ["sh", "-c", PEERS[contender][1]], values
     more = {"this": [], "1 by 1": ["--procs", "1"], "this -0": ["--compression", "0"],
-            "this -1": ["--compression", "1"]}[contender]
-    return [sys.executable, str(SCRIPT), url, "alice", "s3cret", "BRAIN", str(root),
-            "--workdir", str(work), *more], {}
+            "this -1": ["--compression", "1"], OTHER: []}[contender]
+    return [sys.executable, str(venvs.get(contender, SCRIPT)), url, "alice", "s3cret", "BRAIN",
+            str(root), "--workdir", str(work), *more], {}
 
 
 # ---- The server, and one run ---------------------------------------------------------------
@@ -416,6 +418,8 @@ def compare(condition: Condition, rounds: int, small: bool, scratch: Path,
             venvs: Dict[str, Path]) -> Dict[str, Result]:
     """Let the contenders take turns; print and return how they did."""
     contenders = condition.contenders + (tuple(venvs) if condition.peers else ())
+    if OTHER in venvs:
+        contenders = "this", OTHER
     results = {name: Result(name) for name in contenders}
     options = ["--rate", str(condition.rate), "--seconds-per-file", str(condition.import_ms / 1000)]
     options += ["--drain"] if condition.drain else []
@@ -654,9 +658,9 @@ def facts() -> str:
 
 def summary(all_results: Dict[str, Dict[str, Result]]) -> None:
     """One line for each condition, then the bars."""
-    print("\n%-14s %8s %9s %9s %6s %6s %9s %10s %9s" % (
+    print("\n%-14s %8s %9s %9s %6s %6s %9s %10s %9s %8s" % (
         "condition", "this", "bound -1", "bound -0", "of -1", "of -0", "of levels", "x original",
-        "x 1 by 1"))
+        "x 1 by 1", "x other"))
     for name, results in all_results.items():
         if results["this"].seconds:
             this = results["this"].median
@@ -664,15 +668,15 @@ def summary(all_results: Dict[str, Dict[str, Result]]) -> None:
             def times(other: str, this: float = this,
                       results: Dict[str, Result] = results) -> str:
                 seconds = results[other].seconds if other in results else []
-                return "%.1f" % (statistics.median(seconds) / this) if seconds else ""
+                return "%.2f" % (statistics.median(seconds) / this) if seconds else ""
 
             bounds = [bound_of(results, level) for level in ("-1", "-0")]
             better = min((each.median for each in (results.get("this -0"), results.get("this -1"))
                           if each and each.seconds), default=0)
-            print("%-14s %6.2f s %9s %9s %6s %6s %9s %10s %9s" % (
+            print("%-14s %6.2f s %9s %9s %6s %6s %9s %10s %9s %8s" % (
                 name, this, *("%.2f s" % each if each else "" for each in bounds),
                 *(of(each, this) for each in bounds), of(better, this), times("original"),
-                times("1 by 1")))
+                times("1 by 1"), times(OTHER)))
     for name, results in all_results.items():
         print("\n" + name)
         longest = max([each.median for each in results.values() if each.seconds] or [1])
@@ -692,6 +696,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CONDITION",
                         help=", ".join(names))
     parser.add_argument("--peers", action="store_true", help="install and run PyPI's peers too")
+    parser.add_argument("--beside", metavar="FILE", type=Path,
+                        help="only this version and another one of dicomUpload.py")
     options = parser.parse_args(argv)
     rounds = 1 if options.quick else options.rounds
     started = time.monotonic()
@@ -700,6 +706,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="dicomUpload-benchmark-"))
     try:
         venvs = install_peers(scratch) if options.peers else {}
+        venvs.update({OTHER: options.beside.resolve()} if options.beside else {})
         results = {each.name: compare(each, rounds, options.quick, scratch, venvs)
                    for each in CONDITIONS if each.name in options.only}
         for each in STARTS:

@@ -23,8 +23,9 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS: Dict[str, str] = {  # the tests of each section, those that notice most first
-    "words": "words options telling", "tree": "header walk read", "packing": "level packing speed upload",
-    "curl": "curl send meet", "meanings": "meanings send commit",
+    "words": "words options telling", "tree": "header walk read",
+    "packing": "level packing speed upload", "curl": "curl send meet",
+    "meanings": "meanings send commit",
     "xnat": "meet compare commit send", "ledger": "ledger compare commit upload",
     "upload": "compare commit send speed upload read", "telling": "words telling upload readme",
     "options": "options meet", "main": "options meet upload telling walk",

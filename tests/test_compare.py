@@ -132,8 +132,9 @@ class CompareTest(UploadTest):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, place.with_name(
                     rename(int(re.sub(r"\D", "", path.stem)), place.parent.name)))
-        ran = self.run_command([*self.arguments(server.url, *options, root=root, **call), "--workdir",
-                                str(self.folder / "theirs-work")])
+        ran = self.run_command([
+            *self.arguments(server.url, *options, root=root, **call), "--workdir",
+            str(self.folder / "theirs-work")])
         self.assertEqual(ran.status, 0, ran.text)
         shutil.rmtree(root)
         shutil.rmtree(self.folder / "theirs-work")

@@ -428,8 +428,9 @@ class FilesThatChangeOnTheWay(RunningTest):
             self.assertEqual(ran.status, 1, ran.text)
             self.assertEqual(server.imports(), [])
         for name in changes:
-            self.assertRegex(ran.out, f"{name}_s +A_0001 +not sent +IM000{1 if name == 'all' else 2}"
-                             ".dcm could not be read in full, or changed while it was read")
+            file = "IM0001.dcm" if name == "all" else "IM0002.dcm"
+            self.assertRegex(ran.out, f"{name}_s +A_0001 +not sent +{file} could not be read in "
+                             "full, or changed while it was read")
         self.tidy(ran)
 
 
