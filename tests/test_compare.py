@@ -623,6 +623,17 @@ class InThePrearchive(CompareTest):
                     self.there(server)
                     shutil.rmtree(self.root)
 
+    def test_what_a_person_archived_and_then_deleted_is_not_taken_for_sent(self) -> None:
+        self.plant(ONE, TWO)
+        with self.xnat() as server:
+            server.fail("error page", "action=commit", status=500, text="no", times=1)
+            self.run_once(server, status=1)
+            server.store.commit(server.prearchive[0], True, False)
+            server.archive["BRAIN", "007_pre"].scans.pop("2")
+            seen = self.run_once(server)
+            self.assertEqual(seen.sent, [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
+            self.whole(server)
+
     def test_a_row_that_went_and_came_again_elsewhere_is_joined(self) -> None:
         self.plant(ONE, TWO)
         with self.xnat() as server:

@@ -273,6 +273,16 @@ class TheWorkdir(RunningTest):
             subprocess.check_call(["mount", "-o", "remount,size=20m", str(self.work)])
             self.completes(server)
 
+    def test_a_zip_that_finds_the_disk_full_says_so_and_the_run_ends_with_3(self) -> None:
+        self.tree("007/pre/A_0001", "008/pre/A_0001")
+        with self.xnat() as server:
+            full = self.shim("zip", 'case "$PWD" in */007/*) echo "I/O error" >&2; exit 14;; esac')
+            ran = self.upload(server, environment=full)
+            self.assertEqual(ran.status, 3, ran.text)
+            self.assertRegex(ran.out, r"zip failed \(exit 14, I/O error\)\n +make room in the work")
+            self.assertEqual(set(server.archive), {("BRAIN", "008_pre")})
+            self.completes(server)
+
     def test_a_disk_that_fills_up_on_the_way_stops_the_run_and_its_summary_is_printed(self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001", "009/pre/A_0001")
         self.small_disk("400k")
