@@ -2239,9 +2239,9 @@ class Sender:
 
     def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
         """Post parts one after another, the next one packed meanwhile; the addresses."""
-        addresses = []
-        packed: Any = self.packers.submit(self._pack, parts[0])
+        addresses, packed = [], None  # type: List[str], Any
         try:
+            packed = self.packers.submit(self._pack, parts[0])
             for part, after in itertools.zip_longest(parts, parts[1:]):
                 zipped, room = packed.result()
                 packed = after and self.packers.submit(self._pack, after)

@@ -232,6 +232,22 @@ class OtherSignals(RunningTest):
             self.assertIn("stopped by SIGTERM", ran.err)
             self.assertEqual(server.archive, {})
 
+    def test_a_system_that_starts_no_more_threads_is_told(self) -> None:
+        self.tree(*(f"{subject:03}/pre/A_0001" for subject in range(12)))
+        program = ("import resource, sys, threading, dicomUpload\n"
+                   "threading.stack_size(256 << 20)\n"
+                   "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+                   "sys.exit(dicomUpload.main())")
+        with self.xnat() as server:
+            arguments = self.arguments(server.url)
+            ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
+                                   {"PYTHONPATH": str(ROOT)})
+            self.assertEqual(ran.status, 3, ran.text)
+            self.assertIn("dicomUpload: this system starts no more threads: lower --procs", ran.err)
+            self.assertIn("Not finished: ", ran.out)
+            self.run_it(server, status=0)
+            self.assert_whole(server)
+
     def test_an_interrupt_within_a_long_series_is_the_reason_in_the_report(self) -> None:
         self.tree("007/pre/A_0001", "008/pre/A_0001", files=4)
         with self.xnat() as server:
