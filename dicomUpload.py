@@ -1731,7 +1731,7 @@ class Contents:
 
     def __init__(self, xnat: Xnat, sessions: Sequence[Session]) -> None:
         self.xnat = xnat
-        self._list = xnat.path().replace("/data/", "/data/prearchive/", 1)
+        self._list = xnat.path().replace("/data/", "/data/prearchive/")
         archive = "/data/experiments?" + urlencode({
             "project": xnat.project, "xsiType": "xnat:imageSessionData",
             "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
