@@ -165,8 +165,8 @@ class TheWorkdir(RunningTest):
             second = self.upload(server)
             second_ended.set()
             self.assertEqual(second.status, 3, second.text)
-            self.assertRegex(second.err, rf"workdir .*in use by another run \(process {process.pid} "
-                                         r"on \S+ since 20[0-9T: -]{14}\): wait")
+            self.assertRegex(second.err, rf"workdir .*in use by another run \(process {process.pid}"
+                                         r" on \S+ since 20[0-9T: -]{14}\): wait")
             ran = self.ended(process, 60)
             self.assertEqual(ran.status, 0, ran.text)
             self.assertEqual(len(server.imports()), 2)
