@@ -1271,6 +1271,7 @@ class Curl:
         self.teller = teller
         self.cookie = ""
         self._numbers = itertools.count(1)
+        self._mark = os.urandom(8).hex()  # ends each answer; no body can hold it
         self._outage = False  # the server is gone, and that has been told
         self._lock = threading.Lock()
 
@@ -1309,7 +1310,7 @@ class Curl:
     def _run(self, paths: Sequence[str], options: List[str], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
         """One curl: the answer from each path, in their order."""
-        settings, mark, number = self.settings, os.urandom(8).hex(), next(self._numbers)
+        settings, number = self.settings, next(self._numbers)
         urls = [settings.url + path for path in paths]
         # --disable must come first, or ~/.curlrc is read. --globoff: no [] or {} in the URL.
         # --include: the headers come with the body. Never --fail (it hides the answer), never
@@ -1319,7 +1320,7 @@ class Curl:
                    "--suppress-connect-headers", "--max-filesize", "100000000",
                    "--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
                    "--speed-time", str(settings.timeout), *options,
-                   "--write-out", f"\n%{{http_code}} %{{redirect_url}} {mark}\n"]
+                   "--write-out", rf"\n%{{http_code}} %{{redirect_url}} {self._mark}\n"]
         command += ["--cacert", settings.cacert] if settings.cacert else []
         command += ["--insecure"] if settings.insecure else []
         # On its standard input, where `ps` does not see them; and a curl whose parent dies before
@@ -1331,7 +1332,7 @@ class Curl:
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
         outage = self._outage
         done = self.programs.run(command, os.fsencode(config), folder, watch)
-        answers = read_answers(done, mark, paths)
+        answers = read_answers(done, self._mark, paths)
         for path, answer in zip(paths, answers):
             self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
             body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # a secret
@@ -2182,6 +2183,9 @@ def stored_name(image: File) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
 
+PROBE = 50  # files of a run's first part: its answer tells soon what the line is
+
+
 class Part(NamedTuple):
     """Up to --max-files images of one series: one zip, one POST."""
 
@@ -2212,7 +2216,13 @@ class Sender:
         side_by_side = self.xnat.takes_side_by_side() and self.xnat.settings.procs > 1
         # In each lane one after another: what goes into one scan must not meet there.
         lanes: Dict[str, List[Part]] = defaultdict(list)
-        for part in self.cut(outcome.series, side_by_side and self.alone and not addresses):
+        first = PROBE if self.level.fixed == AUTO and not self.level.used else 0
+        # While a long session is the only one, nobody works until its first answer has come: one
+        # file is enough to make the session.
+        if side_by_side and self.alone and not addresses and sum(
+                bool(each.missing) for each in outcome.series) > self.xnat.settings.procs:
+            first = 1
+        for part in self.cut(outcome.series, first):
             lanes[part.files[0].series if side_by_side else ""].append(part)
         jobs = []
         for lane in lanes.values():
@@ -2223,19 +2233,15 @@ class Sender:
                 outcome.answered.clear()
         return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
 
-    def cut(self, series: List[Series], opener: bool = False) -> Iterator[Part]:
-        """The parts to send, in order."""
+    def cut(self, series: List[Series], first: int = 0) -> Iterator[Part]:
+        """The parts to send, in order; the first one of at most so many files, if that is told."""
         most = self.xnat.settings.max_files
-        # While a long session is the only one, nobody works until its first answer has come:
-        # one file is enough to make the session.
-        opener = opener and sum(bool(each.missing) for each in series) > self.xnat.settings.procs
         for each in series:
             files = each.missing
-            if opener and files:
-                yield Part(each, files[:1])
-                files, opener = files[1:], False
-            for at in range(0, len(files), most):
-                yield Part(each, files[at:at + most])
+            while files:
+                count, first = min(most, first or most), 0
+                yield Part(each, files[:count])
+                files = files[count:]
 
     def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
         """Post parts one after another, the next one packed meanwhile; the addresses."""

@@ -301,6 +301,16 @@ class SpeedRules(UploadTest):
             self.assertEqual(len(server.imports()), 24)
             self.assert_arrived(server, 48)
 
+    def test_the_first_part_of_a_run_is_small_where_its_answer_tells_the_level(self) -> None:
+        self.grow(sessions=2, files=120)
+        for level in ("auto", "1"):
+            with self.subTest(level=level), self.xnat() as server:
+                self.send(server, "--procs", "1", "--compression", level)
+                sent = [len(each.entries) for each in server.imports()]
+                self.assertEqual(sent, [*([50, 70] if level == "auto" else [120]), 120])
+                self.assert_arrived(server, 240)
+            self.work = self.work.with_name("again")
+
     def test_a_zip_is_gone_once_its_part_is_answered(self) -> None:
         self.grow(series=2, files=3)
         found: List[List[str]] = []
