@@ -1383,19 +1383,19 @@ class Curl:
         meaning = meaning_of(answer)
         return Stop(f"{self.settings.url}: {meaning.means} ({answer.evidence}): {meaning.to_do}")
 
-    def get(self, path: str, query: Optional[Dict[str, str]] = None) -> Any:
+    def get(self, path: str) -> Any:
         """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
-        query = dict(query or {}, format="json")
-        answer, meaning, _ = self.ask_until(path, lambda: self.ask("GET", path, query))
+        answer, meaning, _ = self.ask_until(
+            path, lambda: self.ask("GET", path, {"format": "json"}))
         found = answer.json()
         if found is None and answer.status != 404:
             raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do if
                           answer.status != 200 else "is this XNAT's own address?")
         return found
 
-    def rows(self, path: str, query: Optional[Dict[str, str]] = None) -> Optional[List[Row]]:
+    def rows(self, path: str) -> Optional[List[Row]]:
         """A listing, None if there is none (404). Raises Trouble for other answers."""
-        found = self.get(path, query)
+        found = self.get(path)
         rows = table(found)
         if rows is None and found is not None:
             raise Trouble(f"{path} is no listing", "is this XNAT's own address?")
@@ -1555,14 +1555,15 @@ class Xnat(Curl):
         if not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(f"{self.settings.url}: no login came back: is this XNAT's own address?")
         self.cookie, user = answer.body.strip(), self.settings.user
+        urls = [self.path() + "?format=json",
+                "/data/projects?permissions=edit&dataType=xnat:subjectData&format=json"]
         try:
-            found = self.get(self.path())
-            if found is None:
+            found, editable = map(self._again, urls, self.ask_once(*urls))
+            if found.status == 404:
                 raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
-            self.project = str(found["items"][0]["data_fields"]["ID"])  # an alias may be given
-            rows = self.rows("/data/projects", {"permissions": "edit",
-                                                "dataType": "xnat:subjectData"})
-            if self.project not in [row.get("id") for row in rows or []]:
+            # An alias may have been given.
+            self.project = str(found.json()["items"][0]["data_fields"]["ID"])
+            if self.project not in [row.get("id") for row in rows_of(editable)]:
                 raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
                               f"{user} a member")
         except Trouble as trouble:

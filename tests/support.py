@@ -26,7 +26,7 @@ from tests.xnat_standin import Standin
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "dicomUpload.py"
 EXCLUSIONS = ROOT / "Exclusions.json"
-WIDTH = 8  # tests at a time, where a module asks for it
+WIDTH = 6  # tests at a time, where a module asks for it
 # .ci/run plays what depends on no Python (modules with ONCE, variations) on its first one only.
 ELSEWHERE = os.environ.get("DICOMUPLOAD_TEST_ONCE") == "done"
 WHOLE = os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not ELSEWHERE
@@ -290,7 +290,7 @@ def load_all(loader: unittest.TestLoader) -> unittest.TestSuite:
         module = sys.modules.get(f"tests.{path.stem}")
         if ELSEWHERE and getattr(module, "ONCE", False):
             continue
-        if getattr(module, "ALONE", False):
+        if getattr(module, "ALONE", False) is True:
             last.append(tests)
         else:
             crowd.append(tests if isinstance(tests, SideBySide) else OneByOne([tests]))
