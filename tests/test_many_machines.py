@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import dicomUpload
 from tests.dicom import digests, uid, write_series
-from tests.support import ROOT, SCRIPT, Ran, UploadTest, missing, need
+from tests.support import ROOT, SCRIPT, Ran, UploadTest, missing, need, variation
 from tests.test_container import IMAGE, Containers
 from tests.xnat_standin import Standin
 
@@ -217,6 +217,7 @@ class Pasted(ManyRuns):
         last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
         self.assertTrue(all(line.startswith("#") for line in lines[:last]), "Slurm stops reading")
 
+    @variation
     def test_gnu_parallel_sends_everything_once_and_counts_what_failed(self) -> None:
         need(self, "parallel")
         script = self.paste("upload-parallel.sh")
