@@ -2642,7 +2642,6 @@ class Screen:
             if kind in self._files and os.write(self._files[kind], raw) < len(raw):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._files.clear()  # what ends the run must not keep its summary back
             self.stopped = Stop(f"log or report ({self.report_path}): cannot be written "
                                 f"({error.strerror}): make room, then run again")
 

@@ -2769,6 +2769,7 @@ class Standin:
         self.line = Line(self.knobs.rate, self.pause)
         self._log: Dict[int, Request] = {}
         self._numbers = 0
+        self._forgotten = 0              # requests up to this one are of clients that were killed
         self._abuses: List[str] = []
         self._importing: Dict[int, Dict[str, Set[str]]] = {}  # request -> row uri -> files written
         self._windows: List[Window] = []
@@ -3044,13 +3045,22 @@ class Standin:
             if any(secret == text or len(secret) > 4 and secret in text for text in shown):
                 self.abuse(exchange, "a password or a session id in the URL")
 
+    def forget_clients(self) -> None:
+        """All clients have been killed: of what still goes on here those to come know nothing."""
+        with self.changed:
+            self._forgotten = self._numbers
+
+    def unknown(self, exchange: Exchange) -> bool:
+        """Whether no client can know that this goes on."""
+        return exchange.background or exchange.number <= self._forgotten
+
     def enter(self, exchange: Exchange, row: Row) -> None:
         """An import reaches a session."""
-        if exchange.background:
-            return  # its client cannot know that it goes on
+        if self.unknown(exchange):
+            return
         self._importing.setdefault(exchange.number, {})[row.uri] = set()
         for window in self._windows:
-            if window.key == (row.project, row.name) and not window.exchange.background and (
+            if window.key == (row.project, row.name) and not self.unknown(window.exchange) and (
                     window.ended is None or window.ended > exchange.started):
                 self.abuse(exchange, "an import into %s while it was committed by request %d"
                            % (row.name, window.exchange.number))
@@ -3064,7 +3074,7 @@ class Standin:
         """An import writes a file; another that runs may have written it too."""
         for number, rows in self._importing.items():
             if number != exchange.number and name in rows.get(row.uri, ()):
-                if not exchange.background:
+                if not self.unknown(exchange) and number > self._forgotten:
                     self.abuse(exchange, "it wrote %s in %s, as request %d did at the same time"
                                % (name, row.name, number))
         if exchange.number in self._importing:
@@ -3076,11 +3086,12 @@ class Standin:
         window = Window(exchange, row.uri, (row.project, row.name))
         with self.changed:
             for other in self._windows:
-                if other.uri == row.uri and other.ended is None and not other.exchange.background:
+                if other.uri == row.uri and other.ended is None and not self.unknown(
+                        other.exchange):
                     self.abuse(exchange, "a second commit while request %d commits"
                                % other.exchange.number)
             for number, rows in self._importing.items():
-                if row.uri in rows:
+                if row.uri in rows and number > self._forgotten:
                     self.abuse(exchange, "a commit while request %d imports" % number)
             self._windows.append(window)
             self.changed.notify_all()
