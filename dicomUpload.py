@@ -950,7 +950,7 @@ class Programs:
                      " ".join(map(str, self._running)).encode() + b"\n")
 
     def guarded(self, work: Callable[..., Any], *given: Any) -> Any:
-        """Work in a thread of its own: what stops it stops the run, at once."""
+        """Work here, in a thread of a pool: what ends it, but a Trouble, stops the run at once."""
         try:
             return work(*given)
         except Trouble:  # of one series or session
@@ -1558,12 +1558,14 @@ class Xnat(Curl):
         urls = [self.path() + "?format=json",
                 "/data/projects?permissions=edit&dataType=xnat:subjectData&format=json"]
         try:
-            found, editable = map(self._again, urls, self.ask_once(*urls))
+            first, second = self.ask_once(*urls)
+            found = self._again(urls[0], first)
             if found.status == 404:
                 raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
             # An alias may have been given.
             self.project = str(found.json()["items"][0]["data_fields"]["ID"])
-            if self.project not in [row.get("id") for row in rows_of(editable)]:
+            if self.project not in [row.get("id") for row in rows_of(
+                    self._again(urls[1], second))]:
                 raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
                               f"{user} a member")
         except Trouble as trouble:
@@ -1590,6 +1592,8 @@ class Xnat(Curl):
         """200 or 404, asked for again by itself if it was something else. Raises Trouble."""
         if answer.status == 404 or answer.status == 200 and not answer.is_html:
             return answer
+        if meaning_of(answer).stops:  # each login that is refused counts
+            raise self.stop_for(answer)
         answer, meaning, _ = self.ask_until(path, lambda: self.ask_once(path)[0])
         if answer.status not in (200, 404):
             raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
@@ -1597,7 +1601,7 @@ class Xnat(Curl):
 
     def scans(self, path: str) -> List[Scan]:
         """What the server holds of the session at `path`; in the prearchive, as of its last build.
-        None where it is not there. Raises Trouble if the server does not tell."""
+        Nothing where it is not there. Raises Trouble if the server does not tell."""
         urls = [path + "/scans?format=json&columns=ID,UID",
                 path + "/scans/ALL/resources?format=json&cache_file_stats=true"]
         if "/prearchive/" in path:
@@ -2358,9 +2362,10 @@ class Upload:
                 self.teller.progress()
         except BaseException as end:
             self.xnat.programs.stop()
-            if isinstance(end, RuntimeError) and "new thread" in str(end):
+            why = (isinstance(end, Stopping) and self.xnat.programs.reason) or end
+            if isinstance(why, RuntimeError) and "new thread" in str(why):
                 raise Stop("this system starts no more threads: lower --procs")
-            raise (isinstance(end, Stopping) and self.xnat.programs.reason) or end
+            raise why
         finally:
             pool.shutdown()
             self.sender.close()
@@ -2642,6 +2647,7 @@ class Screen:
             if kind in self._files and os.write(self._files[kind], raw) < len(raw):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            self._files.clear()  # a line behind one that was cut would be lost with it
             self.stopped = Stop(f"log or report ({self.report_path}): cannot be written "
                                 f"({error.strerror}): make room, then run again")
 
