@@ -1564,8 +1564,8 @@ class Xnat(Curl):
                 raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
             # An alias may have been given.
             self.project = str(found.json()["items"][0]["data_fields"]["ID"])
-            if self.project not in [row.get("id") for row in rows_of(
-                    self._again(urls[1], second))]:
+            editable = rows_of(self._again(urls[1], second))
+            if self.project not in [row.get("id") for row in editable]:
                 raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
                               f"{user} a member")
         except Trouble as trouble:
@@ -1589,12 +1589,10 @@ class Xnat(Curl):
             self.ask("DELETE", "/data/JSESSION", seconds=3)
 
     def _again(self, path: str, answer: Answer) -> Answer:
-        """200 or 404, asked for again by itself if it was something else. Raises Trouble."""
-        if answer.status == 404 or answer.status == 200 and not answer.is_html:
-            return answer
-        if meaning_of(answer).stops:  # each login that is refused counts
-            raise self.stop_for(answer)
-        answer, meaning, _ = self.ask_until(path, lambda: self.ask_once(path)[0])
+        """200 or 404: this answer, or what comes of trying on by itself. Raises Trouble."""
+        tried = [answer]
+        answer, meaning, _ = self.ask_until(
+            path, lambda: tried.pop() if tried else self.ask_once(path)[0])
         if answer.status not in (200, 404):
             raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
         return answer
@@ -1711,8 +1709,8 @@ class Xnat(Curl):
             # Refused, or the answer was lost on the way while XNAT went on: wait and look. READY
             # may mean that archiving is queued.
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
-            again = lost and tries <= self.settings.retries
-            if again:
+            may_retry = lost and tries <= self.settings.retries
+            if may_retry:
                 self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
             status = self.settled(address).get("status", "")
             for pause in (1.0, 3.0, 6.0):
@@ -1721,7 +1719,7 @@ class Xnat(Curl):
                     status = self.settled(address).get("status", "")
             if not status:
                 return ""
-            if not again:
+            if not may_retry:
                 break
         if meaning.heals and status in ("CONFLICT", "ERROR"):  # XNAT keeps the reason
             answer = self.ask("GET", address + "/logs/last")
@@ -2242,11 +2240,11 @@ class Sender:
         """The parts to send, in order; the first one of at most so many files, if that is told."""
         most = self.xnat.settings.max_files
         for each in series:
-            files = each.missing
-            while files:
+            files, at = each.missing, 0
+            while at < len(files):
                 count, first = min(most, first or most), 0
-                yield Part(each, files[:count])
-                files = files[count:]
+                yield Part(each, files[at:at + count])
+                at += count
 
     def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
         """Post parts one after another, the next one packed meanwhile; the addresses."""

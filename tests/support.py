@@ -147,6 +147,11 @@ class UploadTest(unittest.TestCase):
         return [sys.executable, str(SCRIPT), url, user, password, project,
                 str(root or self.root), "--workdir", str(self.work), *options]
 
+    def altered(self, program: str, url: str, *options: str, **call: Any) -> List[str]:
+        """The same with a Python program that changes something, and then runs main()."""
+        python, _, *rest = self.arguments(url, *options, **call)
+        return [python, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}", *rest]
+
     def start(self, arguments: List[str], environment: Optional[Dict[str, str]] = None,
               afresh: bool = False, **more: Any) -> "subprocess.Popen[str]":
         """Start the command and let it run; the test ends it. A run that /proc must show as a

@@ -139,6 +139,20 @@ class CompareTest(UploadTest):
         shutil.rmtree(root)
         shutil.rmtree(self.folder / "theirs-work")
 
+    def put_back(self, server: Standin, row: Row) -> Row:
+        """The row lies in the prearchive, and is what an import of its study finds there."""
+        server.store._by_key[row.project, row.tag, row.name] = row
+        return server.store.add(row)
+
+    def copy_of_what_is_archived(self, server: Standin, **call: Any) -> None:
+        """All of the tree is archived, and lies in the prearchive too, under other names."""
+        self.other_tool(server, uid_name(uid("007", "pre")), "--review", **call)
+        row = server.prearchive[0]
+        server.store.remove(row)
+        self.run_once(server, **call)
+        self.put_back(server, row)
+        self.elsewhere()
+
     def leave(self, server: Standin, status: str, *options: str) -> None:
         """What a run leaves in the prearchive whose workdir is lost then."""
         if status == "READY":
@@ -544,8 +558,7 @@ class InThePrearchive(CompareTest):
                 self.leave(server, status)
                 row = server.prearchive[0]
                 self.run_once(server)
-                server.store.add(row).status = status
-                server.store._by_key[row.project, row.tag, row.name] = row
+                self.put_back(server, row).status = status
                 for ledger in (True, False):
                     if not ledger:
                         self.elsewhere()
@@ -573,13 +586,7 @@ class InThePrearchive(CompareTest):
         for project, options in cases(("OVER", ()), ("BRAIN", ("--overwrite-files",))):
             with self.subTest(project=project), self.xnat() as server:
                 self.plant(ONE, TWO)
-                self.other_tool(server, uid_name(uid("007", "pre")), "--review", project=project)
-                row = server.prearchive[0]
-                server.store.remove(row)
-                self.run_once(server, project=project)
-                server.store.add(row)
-                server.store._by_key[row.project, row.tag, row.name] = row
-                self.elsewhere()
+                self.copy_of_what_is_archived(server, project=project)
                 self.plant("pre/PD_0003")
                 seen = self.run_once(server, *options, project=project)
                 self.assertEqual(seen.sent, [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
@@ -590,13 +597,7 @@ class InThePrearchive(CompareTest):
     def test_a_copy_under_other_names_is_a_copy(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
-            self.other_tool(server, uid_name(uid("007", "pre")), "--review")
-            row = server.prearchive[0]
-            server.store.remove(row)
-            self.run_once(server)
-            server.store.add(row)
-            server.store._by_key[row.project, row.tag, row.name] = row
-            self.elsewhere()
+            self.copy_of_what_is_archived(server)
             self.assertIn("may be deleted", self.there(server).ran.text)
             self.image(f"007/{ONE}", 3)
             self.told(server, "copy of what is archived")
@@ -755,9 +756,7 @@ class SomethingElseIsThere(CompareTest):
     """The label holds what is not ours."""
 
     def row(self, server: Standin, subject: str, study: str, label: str = "007_pre") -> Row:
-        row = server.store.add(Row("BRAIN", server.store.timestamp(), label, subject, study))
-        server.store._by_key["BRAIN", study, label] = row
-        return row
+        return self.put_back(server, Row("BRAIN", server.store.timestamp(), label, subject, study))
 
     def test_another_study_or_subject_is_told_with_both_and_other_sessions_go_on(self) -> None:
         other = uid("somebody else")

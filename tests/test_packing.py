@@ -173,10 +173,6 @@ class TheWorkdir(RunningTest):
             self.assert_whole(server)
             self.tidy(ran)
 
-    def without_locks(self, url: str) -> List[str]:
-        arguments = self.arguments(url)
-        return [arguments[0], "-c", WITHOUT_LOCKS, *arguments[2:]]
-
     def test_a_share_without_locks_is_told_and_holds_zips_of_one_run_only(self) -> None:
         self.tree("007/pre/A_0001")
         gone = subprocess.Popen(["true"])
@@ -196,7 +192,7 @@ class TheWorkdir(RunningTest):
             return False
 
         with self.xnat(reject=look) as server:
-            ran = self.run_command(self.without_locks(server.url), {"PYTHONPATH": str(ROOT)})
+            ran = self.run_command(self.altered(WITHOUT_LOCKS, server.url))
             self.assertEqual(ran.status, 0, ran.text)
             self.assert_whole(server)
         self.assertIn("knows no locks", ran.err)

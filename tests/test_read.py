@@ -893,6 +893,5 @@ class Share:
             pipe.write(data)
 
 
-
 if __name__ == "__main__":
     unittest.main()

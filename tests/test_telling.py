@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import dicomUpload
 from tests.dicom import dicom_file, readme_tree, uid, write_series
-from tests.support import EXCLUSIONS, ROOT, UploadTest, missing, shown_on
+from tests.support import EXCLUSIONS, UploadTest, missing, shown_on
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import User
 
@@ -273,9 +273,7 @@ class Progress(Messy):
         for options, least, most in (((), 2, 12), (("-q", "--again", "--overwrite-files"), 0, 0)):
             with self.subTest(options), self.xnat() as server:
                 server.fail("stall", IMPORT, seconds=2)
-                arguments = self.arguments(server.url, *options)
-                ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
-                                       {"PYTHONPATH": str(ROOT)})
+                ran = self.run_command(self.altered(program, server.url, *options))
                 self.assertEqual(ran.status, 0, ran.text)
                 lines = re.findall(r"(?m)^dicomUpload: still at work: \[0 of 1 session  .*007_pre "
                                    "T1$", ran.err)
@@ -502,9 +500,8 @@ class Secrets(UploadTest):
                        "def boom(*given, **more): raise KeyError(given, more)\n"
                        f"dicomUpload.{where} = boom\nsys.exit(dicomUpload.main())")
             with self.subTest(where), self.xnat(users=[User("alice", self.SECRET)]) as server:
-                arguments = self.arguments(server.url, password="-")
-                process = self.start([arguments[0], "-c", program, *arguments[2:]],
-                                     {"PYTHONPATH": str(ROOT), "XNAT_PASS": self.SECRET})
+                process = self.start(self.altered(program, server.url, password="-"),
+                                     {"XNAT_PASS": self.SECRET})
                 out, err = process.communicate(timeout=PATIENT)
                 self.assertIn("KeyError", err)
                 for form in self.forms():

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from tests.dicom import uid, write_series
 from tests.running import COMMIT, HELD, IMPORT, RunningTest, until
-from tests.support import ROOT, Ran, shown_on, variation
+from tests.support import Ran, shown_on, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -226,9 +226,7 @@ class OtherSignals(RunningTest):
                    "sys.exit(dicomUpload.main())")
         with self.xnat() as server:
             server.fail("stall before", IMPORT, seconds=60)
-            arguments = self.arguments(server.url)
-            ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
-                                   {"PYTHONPATH": str(ROOT)})
+            ran = self.run_command(self.altered(program, server.url))
             self.assertEqual(ran.status, 143, ran.text)
             self.assertIn("stopped by SIGTERM", ran.err)
             self.assertEqual(server.archive, {})
@@ -240,9 +238,7 @@ class OtherSignals(RunningTest):
                    "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
                    "sys.exit(dicomUpload.main())")
         with self.xnat() as server:
-            arguments = self.arguments(server.url)
-            ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
-                                   {"PYTHONPATH": str(ROOT)})
+            ran = self.run_command(self.altered(program, server.url))
             self.assertEqual(ran.status, 3, ran.text)
             self.assertIn("dicomUpload: this system starts no more threads: lower --procs", ran.err)
             self.assertIn("Not finished: ", ran.out)
@@ -619,9 +615,7 @@ class WhatItTakes(RunningTest):
                    "print('PEAK', int(peak[1]) * 1024, file=sys.stderr)\n"
                    "sys.exit(status)")
         with self.xnat() as server:
-            arguments = self.arguments(server.url, "-q")
-            ran = self.run_command([arguments[0], "-c", program, *arguments[2:]],
-                                   {"PYTHONPATH": str(ROOT)}, timeout=600)
+            ran = self.run_command(self.altered(program, server.url, "-q"), timeout=600)
             self.assertEqual(ran.status, 0, ran.text[-2000:])
             self.assertEqual(len(server.archive), 5)
             self.assertEqual(len(self.report()), subjects * sessions * series + 5)

@@ -3049,6 +3049,7 @@ class Standin:
         """All clients have been killed: of what still goes on here those to come know nothing."""
         with self.changed:
             self._forgotten = self._numbers
+            self._importing.clear()
 
     def unknown(self, exchange: Exchange) -> bool:
         """Whether no client can know that this goes on."""
@@ -3074,7 +3075,7 @@ class Standin:
         """An import writes a file; another that runs may have written it too."""
         for number, rows in self._importing.items():
             if number != exchange.number and name in rows.get(row.uri, ()):
-                if not self.unknown(exchange) and number > self._forgotten:
+                if not self.unknown(exchange):
                     self.abuse(exchange, "it wrote %s in %s, as request %d did at the same time"
                                % (name, row.name, number))
         if exchange.number in self._importing:
@@ -3091,7 +3092,7 @@ class Standin:
                     self.abuse(exchange, "a second commit while request %d commits"
                                % other.exchange.number)
             for number, rows in self._importing.items():
-                if row.uri in rows and number > self._forgotten:
+                if row.uri in rows:
                     self.abuse(exchange, "a commit while request %d imports" % number)
             self._windows.append(window)
             self.changed.notify_all()
