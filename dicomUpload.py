@@ -181,10 +181,16 @@ class Settings:
 
     def matching(self, subject: str, name: str) -> Set[str]:
         """The patterns of --only that choose this session: by its folders, or its label."""
-        label = Session(subject, name).label
-        return {each for each in self.only if each == label or fnmatch.fnmatchcase(
-            f"{subject}/{name}", each if "/" in each else each + "/*") or not name and
-            fnmatch.fnmatchcase(subject, each.partition("/")[0])}  # its folder cannot be read
+        found = set()
+        for pattern in self.only:
+            of_subject, _, of_session = pattern.partition("/")
+            if name:
+                fits = fnmatch.fnmatchcase(f"{subject}/{name}", f"{of_subject}/{of_session or '*'}")
+            else:  # the folder cannot be read: the subject's part of the pattern decides
+                fits = fnmatch.fnmatchcase(subject, of_subject)
+            if fits or pattern == Session(subject, name).label:
+                found.add(pattern)
+        return found
 
     def chooses(self, subject: str, name: str) -> bool:
         """Whether --only and --shard choose this session."""
@@ -245,7 +251,8 @@ class Series:
 
     name: str
     folder: str
-    status: str = ""  # sent, not sent, already there, left out, no DICOM, copy; '' on its way
+    # sent, not sent, would send, already there, left out, no DICOM, copy; '' on its way
+    status: str = ""
     message: str = ""  # why it was left out, or what else is worth a word
     listing: str = ""  # fingerprint of its files' names, sizes and times
     files: List[File] = field(default_factory=list)
@@ -280,7 +287,9 @@ class Outcome:
 
     session: Session
     series: List[Series]
-    where: str = "failed"  # see ENDS
+    # archived, prearchived, there, held back, not archived, failed, nothing to send; in a dry run
+    # also: to send, to archive
+    where: str = "failed"
     files: int = 0  # of ours on the server, counted by it
     address: str = ""  # where it lies
     earlier: bool = False  # an earlier run, or somebody else, had brought all of it there
@@ -860,11 +869,13 @@ def read_data_set(data: bytes, at: int, size: int) -> Header:
 
 def elements(data: bytes, at: int, size: int) -> Iterator[Tuple[int, int, int]]:
     """Tag, start and end of the value of each element, not of those in sequences. An undefined
-    length counts as 0. In a cut file the last end is behind it; the tag is 0 if that is cut."""
+    length counts as 0. Of a file that is cut, the last one ends behind `size`; its tag is that of
+    the sequence it is cut in, or 0."""
     first, whole, outer = data[at:at + 6], len(data) == size, 0
     # The first element knows the encoding better than the transfer syntax, which some get wrong.
     order = ">" if first[:1] == b"\0" and first[1:2] > b"\0" else "<"  # a group below 0100
-    inside = [(order, first[4:].isalpha() and first[4:].isupper())]  # and sequences that are open
+    # The encoding of the data set, then that of each sequence in it that is open.
+    inside = [(order, first[4:].isalpha() and first[4:].isupper())]
     data += bytes(4) if whole else b""  # the last element may have 8 bytes
     last, (order, explicit) = len(data) - 12, inside[0]
     while at <= last:
@@ -888,8 +899,9 @@ def elements(data: bytes, at: int, size: int) -> Iterator[Tuple[int, int, int]]:
         else:
             continue
         order, explicit = inside[-1]
-    if at > size or whole and (at < size or len(inside) > 1 and outer < SERIES):
-        yield outer if len(inside) > 1 else 0, at, size + 1
+    unclosed = len(inside) > 1
+    if at > size or whole and (at < size or unclosed and outer < SERIES):
+        yield outer if unclosed else 0, at, size + 1
 
 
 # ---- packing -------------------------------------------------------------------------------
@@ -1143,6 +1155,7 @@ class Level:
         tells what the line is."""
         self.fixed = fixed
         self.used: Counter[int] = Counter()  # parts by level
+        self.bytes: Counter[int] = Counter()  # by level
         self._patience = patience
         self._answered = threading.Event()  # a POST: it is known what the line is
         self._going: Dict[str, List[int]] = defaultdict(list)  # bytes of each part that is at it
@@ -1157,6 +1170,7 @@ class Level:
         with self._lock:
             level = self._sooner(count) if self.fixed == AUTO else self.fixed
             self.used[level] += 1
+            self.bytes[level] += count
             return level
 
     def _sooner(self, count: int) -> int:
@@ -1448,25 +1462,25 @@ class Meaning(NamedTuple):
 NO = "the server refused it"
 BUSY = "the server is busy"
 LATER = "run again later"
-LOST = True, True  # heals, gone
 MEANINGS = (
     # curl's exit statuses: what never came to an answer.
     Meaning(r"exit [56]\b", "the server's or the proxy's name cannot be found",
-            "check URL, network and proxy settings", *LOST),
+            "check URL, network and proxy settings", heals=True, gone=True),
     Meaning(r"exit 7\b", "nothing answers there", "check URL, network, and whether XNAT is up",
-            *LOST),
+            heals=True, gone=True),
     Meaning(r"exit 28\b", "the connection went silent", "check the network, and see --timeout",
-            *LOST, True),
+            heals=True, gone=True, goes_on=True),
     Meaning(r"exit 35\b", "no encrypted connection comes about",
-            "check https or http, and the port", *LOST),
-    Meaning(r"exit (16|18|52|55|56|92|95|96)\b", "the connection broke", LATER, *LOST),
+            "check https or http, and the port", heals=True, gone=True),
+    Meaning(r"exit (16|18|52|55|56|92|95|96)\b", "the connection broke", LATER,
+            heals=True, gone=True),
     Meaning(r"exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is not "
             "valid for this time or name", "check this machine's clock and the URL, then ask the "
             "XNAT admin"),
     Meaning(r"exit 60\b", "the server's certificate is not trusted",
             "give your site's CA with --cacert FILE"),
     Meaning(r"exit 77\b", "the CA file cannot be read", "check --cacert"),
-    Meaning("exit -", "curl was killed", "run again", *LOST),
+    Meaning("exit -", "curl was killed", "run again", heals=True, gone=True),
     Meaning("curl exit", "curl failed", "run again"),
     # What lets us in nowhere.
     Meaning(r"HTTP (401|3.*/Login\.vm)", "login refused", "check USER and PASS (20 wrong ones lock "
@@ -1486,11 +1500,12 @@ MEANINGS = (
     # What waiting heals, by XNAT's own words and by a proxy's status.
     Meaning("HTTP (400|409|423|500).*(concurrent file sends|session processing (may already be )?"
             "in progress|concurrent modification is discouraged|duplicate archive attempt|"
-            "destination session in use)", BUSY, LATER, True, goes_on=True),
+            "destination session in use)", BUSY, LATER, heals=True, goes_on=True),
     Meaning("HTTP 504", "a proxy gave up waiting", "lower --max-files, or ask the admin to raise "
-            "proxy_read_timeout", *LOST, True),
-    Meaning("HTTP (408|429)", BUSY, LATER, True),
-    Meaning("HTTP (502|503)", "XNAT does not answer behind its proxy", LATER, *LOST),
+            "proxy_read_timeout", heals=True, gone=True, goes_on=True),
+    Meaning("HTTP (408|429)", BUSY, LATER, heals=True),
+    Meaning("HTTP (502|503)", "XNAT does not answer behind its proxy", LATER,
+            heals=True, gone=True),
     # What XNAT refuses to import.
     Meaning("HTTP 413", NO, "lower --max-files, or ask the admin to raise client_max_body_size"),
     Meaning("HTTP 403", NO, "ask the project's owner for the right to edit"),
@@ -1532,7 +1547,7 @@ class Scan(NamedTuple):
 
     uid: str  # Series Instance UID, '' if the server does not tell
     files: int  # DICOM files, counted by the server
-    names: str  # where it lists their names
+    names_path: str  # where it lists their names
 
 
 class Xnat(Curl):
@@ -1613,18 +1628,18 @@ class Xnat(Curl):
         for row in rows:
             scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
             if scan in uids and label in ("DICOM", "secondary"):
-                names = f"{path}/scans/{quote(scan, safe='')}/resources/{label}/files"
+                names_path = f"{path}/scans/{quote(scan, safe='')}/resources/{label}/files"
                 if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
-                    count = str(len(self.names([Scan("", 0, names)])) or "")
+                    count = str(len(self.names([Scan("", 0, names_path)])) or "")
                 if not count:
                     raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
                                   "ask the XNAT admin to refresh its catalogs, then run again")
-                found.append(Scan(uids[scan], int(count), names))
+                found.append(Scan(uids[scan], int(count), names_path))
         return found
 
     def names(self, scans: List[Scan]) -> List[str]:
         """The names of the files of these scans, as they are stored."""
-        return [row.get("name", "") for scan in scans for row in self.rows(scan.names) or []]
+        return [row.get("name", "") for scan in scans for row in self.rows(scan.names_path) or []]
 
     def settled(self, address: str) -> Row:
         """The prearchive's row of a session once nothing works on it, empty if it is gone."""
@@ -1686,7 +1701,8 @@ class Xnat(Curl):
     def commit(self, session: Session, address: str) -> str:
         """Commit a whole session; where it lies then, or '' if it is gone from the prearchive.
 
-        Once: after an answer that was lost it looks what has become of it. Raises Trouble.
+        Never twice at a time: after an answer that was lost it looks what has become of the
+        session before it asks again. Raises Trouble.
         """
         subject = self.settled(address).get("subject", session.subject_label)
         if subject.lower() != session.subject_label.lower():  # somebody made it meanwhile
@@ -2051,23 +2067,25 @@ class Comparison:
         self.session = outcome.session
         self.series = outcome.series
         self.memory = memory
+        self.held: List[Scan] = []  # what the archive has of it, since compare()
         self.by_uid: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
         for each in self.series:
             for image in each.images:
                 self.by_uid[image.series].append((each, image))
 
-    def addresses(self, waiting: Dict[str, Row]) -> List[str]:
+    def compare(self, waiting: Dict[str, Row]) -> List[str]:
         """Mark the images that the server has; the prearchive addresses that wait for a commit.
 
         Raises Trouble where sending more could only make it worse.
         """
         archived = bool(self.contents.archived(self.session))
-        held = self.xnat.scans(self.contents.path(self.session)) if archived else []
+        if archived:
+            self.held = self.xnat.scans(self.contents.path(self.session))
         # Else a script of the site has changed the UIDs, and the ledger counts.
-        told = not held or any(scan.uid in self.by_uid for scan in held if scan.uid)
-        if told and self.xnat.settings.dry_run:  # it shows what the server says
+        same_uids = not self.held or any(scan.uid in self.by_uid for scan in self.held if scan.uid)
+        if same_uids and self.xnat.settings.dry_run:  # it shows what the server says
             self.memory = Memory(self.memory.parts)
-        there = self._among(held)
+        there = self._among(self.held)
         ours = self.memory.address in waiting
         found = [self.memory.address] if ours else []
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
@@ -2085,8 +2103,8 @@ class Comparison:
             for image in each.images:
                 image.missing = image not in there
             if archived or waiting and not ours:
-                self._recall(each, told)
-            if ours or archived and not told:
+                self._recall(each, same_uids)
+            if ours or archived and not same_uids:
                 for image in self.memory.sent(each):
                     image.missing = False
             each.there = sum(not image.missing for image in each.images)
@@ -2097,6 +2115,12 @@ class Comparison:
     def _among(self, scans: List[Scan]) -> Set[File]:
         """Our images among these: by Series UID and count, and by names where these differ."""
         there: Set[File] = set()
+
+        def is_noted(series: Series) -> bool:
+            """Whether what is there of a series is what an earlier run has noted."""
+            return self.memory.of(series).is_of([each for each in series.images if each in there],
+                                                series)
+
         for uid, pairs in self.by_uid.items():
             mine = [scan for scan in scans if uid and scan.uid == uid]
             count, images = sum(scan.files for scan in mine), [image for _, image in pairs]
@@ -2106,14 +2130,13 @@ class Comparison:
                 continue
             names = self.xnat.names(mine)
             absent, sure = not_among(images, names)
-            if count > len(images) == len(absent):  # another program's names: the count tells
+            if len(absent) == len(images) < count:  # another program's names: the count tells
                 absent = []
             # XNAT would refuse it, or put it in another image's place.
             taken = any(stored_name(image) in names for image in absent)
             there |= set(images) - set(absent)
             series = list(dict.fromkeys(each for each, _ in pairs))
-            if taken or absent and not sure and not all(self.memory.of(each).is_of(
-                    [image for image in each.images if image in there], each) for each in series):
+            if taken or absent and not sure and not all(map(is_noted, series)):
                 for each in series:
                     each.problems.append(Trouble(
                         f"XNAT has {count} of its {plural(len(images), 'file')}, under other names "
@@ -2140,17 +2163,18 @@ class Comparison:
             scans += self.xnat.scans(address)
         return scans
 
-    def _recall(self, series: Series, told: bool) -> None:
-        """Hold a series that XNAT has against what an earlier run has noted of it."""
+    def _recall(self, series: Series, same_uids: bool) -> None:
+        """By what an earlier run has noted of a series that XNAT has: mark its images missing or
+        not, or fail it."""
         known, trouble = self.memory.of(series), None
         if not known.number or not series.images or series.problems:
             return
         there = [image for image in series.images if not image.missing]
         same = known.is_of(there or series.images, series)
-        if not told and same:
+        if not same_uids and same:
             for image in series.images:
                 image.missing = False
-        elif not told:
+        elif not same_uids:
             trouble = Trouble("has changed since it was sent, and XNAT has other UIDs: which "
                               "images are missing cannot be told", anew(self.session, True))
         elif not there and same:
@@ -2380,6 +2404,10 @@ class Upload:
             with caught(troubles):
                 self.one_session(outcome)
             outcome.trouble = outcome.trouble or next(iter(troubles), None)
+            if outcome.where == "nothing to send" and outcome.failed():
+                outcome.where = "failed"
+            if outcome.where == "archived" and outcome.earlier:
+                outcome.where = "there"
             with self._lock:
                 del self.active[session.path]
                 self.whole += [session] if outcome.where in ("archived", "there") else []
@@ -2419,16 +2447,17 @@ class Upload:
         images = [image for each in series for image in each.images]
         for name in memory.gone(series):
             self.teller.gone(session, name)
-        addresses: List[str] = []
+        addresses, held = [], []  # type: List[str], List[Scan]
         if images:
             waiting = self.contents.waiting(session, known.address)
             self.contents.check_label(session, series, waiting, known)
             if not settings.again:
-                addresses = Comparison(self.contents, outcome, known).addresses(waiting)
+                comparison = Comparison(self.contents, outcome, known)
+                addresses, held = comparison.compare(waiting), comparison.held
         outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
         if settings.dry_run:
-            self._foresee(outcome, addresses)
+            self._foresee(outcome, addresses, held)
             return
         addresses = self.sender.send(outcome, addresses)
         outcome.where = "held back" if addresses else "failed"
@@ -2443,7 +2472,7 @@ class Upload:
             if not outcome.address and not self.contents.archived(session, again=True):
                 raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive "
                               "does not have it", "run again to send it again")
-        self._verify(outcome, images, bool(addresses))
+        self._verify(outcome, images, [] if addresses else held)
         self.sender.ledger.add(
             "ended", session, where=outcome.where, path=outcome.address, files=outcome.files,
             whole=not outcome.failed(),
@@ -2464,12 +2493,13 @@ class Upload:
         session, where = outcome.session, memory.ended
         archived = bool(self.contents.archived(session))
         waits = where == "prearchived" and self.contents.waits(session, memory.path)
+        reviewed = where == "prearchived" and not waits  # archived by a person: count it there
         if where in ("archived", "prearchived") and not (archived or waits or memory.parts):
             raise Trouble("an earlier run saw it archived, and it is not there any more" if
                           where == "archived" else "it was left for review, and is neither in the "
                           "prearchive nor in the archive any more", anew(session))
-        if not memory.is_same(outcome.series) or where == "prearchived" and not waits:
-            return False  # or its reviewer has archived it: count it there
+        if reviewed or not memory.is_same(outcome.series):
+            return False
         for each in outcome.series:
             each.there = memory.of(each).number
             each.status = each.status or ("already there" if each.there else "no DICOM")
@@ -2477,7 +2507,7 @@ class Upload:
         outcome.address = memory.path
         return True
 
-    def _foresee(self, outcome: Outcome, addresses: List[str]) -> None:
+    def _foresee(self, outcome: Outcome, addresses: List[str], held: List[Scan]) -> None:
         """How a real run would go on from here."""
         series = outcome.series
         outcome.files = sum(each.there for each in series)
@@ -2486,23 +2516,24 @@ class Upload:
                          "to archive" if addresses and not self.settings.review else
                          "there" if outcome.files else "nothing to send")
         if outcome.where == "there":  # by the server's own count
-            self._verify(outcome, [image for each in series for image in each.images], False)
+            self._verify(outcome, [image for each in series for image in each.images], held)
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room(part.files) for part in self.sender.cut(series)])
 
-    def _verify(self, outcome: Outcome, images: List[File], sent: bool) -> None:
+    def _verify(self, outcome: Outcome, images: List[File], held: List[Scan]) -> None:
         """Compare the server's count of each series with ours, by Series UID; by the total where
-        a script has changed the UIDs. Too few fails the series, too many is worth a word."""
+        a script has changed the UIDs. Too few fails the series, too many is worth a word. Where
+        nothing was sent, `held` is what the server has just counted."""
         session, series = outcome.session, outcome.series
         if not images:
             outcome.where = "nothing to send"
             return
         path = outcome.address = outcome.address or self.contents.path(session)
         outcome.where = "prearchived" if "/prearchive/" in path else "archived"
-        outcome.earlier, outcome.files = not sent, len(images)
+        outcome.earlier, outcome.files = bool(held), len(images)
         ours, theirs = Counter(image.series for image in images), Counter()  # type: Any, Any
-        scans = self.xnat.scans(path)
+        scans = held or self.xnat.scans(path)
         if outcome.where == "prearchived" and self.contents.archived(session):
             scans += self.xnat.scans(self.contents.path(session))  # what is new waits
         for scan in scans:
@@ -2774,10 +2805,6 @@ class Teller(Screen):
     def session(self, outcome: Outcome) -> None:
         """A session is over: its line, one for each series that needs a person, its rows."""
         failed, label = outcome.failed(), outcome.session.label
-        if outcome.where == "nothing to send" and failed:
-            outcome.where = "failed"
-        if outcome.where == "archived" and outcome.earlier:
-            outcome.where = "there"
         with self._lock:
             for series in outcome.series:
                 self._series(outcome, series)
@@ -2886,7 +2913,7 @@ class Teller(Screen):
             seconds, sent = time.monotonic() - self._began, self._counts["bytes"]
             self.line(f"{plural(self._counts['files'], 'file')}, {size(sent)} in "
                       f"{duration(seconds)} ({size(sent / max(seconds, 0.1))}/s), mostly at "
-                      f"zip's level {level.used.most_common(1)[0][0]}.")
+                      f"zip's level {level.bytes.most_common(1)[0][0]}.")
 
     def _tell_room(self, upload: Upload) -> None:
         """What a dry run says of the workdir's disk."""
