@@ -805,7 +805,7 @@ def read_header(path: str, size: int) -> Header:
 
 
 def header_of(data: bytes, size: int) -> Header:
-    """The same by the first bytes of the file, which may be any. Old exports may lack `DICM`."""
+    """What a file of `size` bytes is by its first bytes, however many. Old exports lack `DICM`."""
     if not data:
         return Header("blank", why="is empty")
     if not data.strip(data[:1]):
@@ -1348,7 +1348,8 @@ class Curl:
         done = self.programs.run(command, os.fsencode(config), folder, watch)
         answers = read_answers(done, self._mark, paths)
         for path, answer in zip(paths, answers):
-            self.cookie = self.cookie and (answer.cookie or self.cookie)  # renewed
+            if self.cookie:  # the server renews one that has expired
+                self.cookie = answer.cookie or self.cookie
             body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # a secret
             self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
                             f"{answer.status} {body}")
@@ -1574,12 +1575,12 @@ class Xnat(Curl):
                 "/data/projects?permissions=edit&dataType=xnat:subjectData&format=json"]
         try:
             first, second = self.ask_once(*urls)
-            found = self._again(urls[0], first)
+            found = self._persist(urls[0], first)
             if found.status == 404:
                 raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
             # An alias may have been given.
             self.project = str(found.json()["items"][0]["data_fields"]["ID"])
-            editable = rows_of(self._again(urls[1], second))
+            editable = rows_of(self._persist(urls[1], second))
             if self.project not in [row.get("id") for row in editable]:
                 raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
                               f"{user} a member")
@@ -1603,7 +1604,7 @@ class Xnat(Curl):
         if self.cookie:
             self.ask("DELETE", "/data/JSESSION", seconds=3)
 
-    def _again(self, path: str, answer: Answer) -> Answer:
+    def _persist(self, path: str, answer: Answer) -> Answer:
         """200 or 404: this answer, or what comes of trying on by itself. Raises Trouble."""
         tried = [answer]
         answer, meaning, _ = self.ask_until(
@@ -1620,7 +1621,7 @@ class Xnat(Curl):
         if "/prearchive/" in path:
             urls = [path + "?format=xml", path + "/resources?format=json"]
         first, second = self.ask_once(*urls)
-        uids, rows = scan_uids(self._again(urls[0], first)), table(second.json())
+        uids, rows = scan_uids(self._persist(urls[0], first)), table(second.json())
         found = []
         if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
             rows = [dict(row, cat_id=scan) for scan in uids
@@ -3100,7 +3101,7 @@ def wrapped(text: str, columns: int) -> List[str]:
 
 
 GROUPS = {"url": "what goes where", "config": "what to send", "review": "on the server",
-          "workdir": "how to send", "quiet": "what to show"}  # titles in --help
+          "workdir": "how to send", "quiet": "what to show"}  # in --help a title before these
 LIMITS = {"procs": (1, 9999), "max_files": (1, 999_999_999), "retries": (0, 9999),
           "timeout": (1, 999_999)}
 
@@ -3378,7 +3379,8 @@ def find_gone(tree: Tree, ledger: Ledger, settings: Settings, teller: Teller) ->
     """Tell of sessions that earlier runs sent from here and whose folders are gone; --again says
     that it is meant so. Raises Stop(2) for a pattern of --only that no folder has, nor had."""
     gone = [session for label, session in sorted(ledger.from_here.items())
-            if not {label, session.subject_label} & tree.labels  # else it cannot be read
+            if label not in tree.labels
+            and session.subject_label not in tree.labels  # of a folder that cannot be read
             and settings.chooses(session.subject, session.name)]
     known = {each for session in gone for each in settings.matching(session.subject, session.name)}
     for pattern in sorted(tree.idle - known):

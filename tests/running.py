@@ -61,7 +61,11 @@ class RunningTest(FaultTest):
     def assert_alone(self, seconds: float = 3) -> None:
         """Nothing that the run started is alive."""
         until(lambda: not self.processes(), seconds)
-        self.assertEqual(self.processes(), [], "processes are left")
+        left = self.processes()
+        if left:
+            self.fail("processes are left:\n" + subprocess.run(
+                ["ps", "-o", "pid,ppid,stat,etime,args", "-p", ",".join(map(str, left))],
+                stdout=subprocess.PIPE, universal_newlines=True).stdout)
 
     def ended(self, process: Any, seconds: float = 20) -> Ran:
         """The end of a run."""

@@ -207,6 +207,8 @@ class AllIsThere(CompareTest):
                 "would be sent")), 1)
             seen = self.there(server)
             self.assertRegex(seen.ran.out, "007_pre +already there, 4 files")
+            for label in ("007_pre", "007_post", "008_pre"):  # each is counted, and once
+                self.assertEqual(len(seen.about(f"/{label}/scans/ALL/")), 1, seen.requests)
             self.assertEqual({row["status"] for row in self.report()}, {"already there"})
             self.assertEqual([row["files"] for row in self.report()], ["2"] * 4)
             moved = self.folder / "another"
