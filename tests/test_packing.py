@@ -239,12 +239,15 @@ class TheWorkdir(RunningTest):
         self.big_series("001/pre/A_0001", 0.3, files=4)
         self.big_series("002/pre/A_0001", 1.2)  # needs all of it, and comes late
         self.small_disk("1500k")
-        late = self.on_open("002/pre/A_0001/IM0001.dcm", "time.sleep(0.5)")
+        sign = self.folder / "sign"
+        late = self.on_open("002/pre/A_0001", f"while not os.path.exists({str(sign)!r}):\n"
+                            "    time.sleep(0.01)", "os.scandir")
         with self.xnat() as server:
             server.fail("stall before", IMPORT, seconds=60)
-            process = self.start(self.arguments(server.url, "--max-files", "1"), late)
+            process = self.start(self.arguments(server.url, "--max-files", "1", "--nested"), late)
             self.assertTrue(server.wait_for(server.imports, 30))
             self.assertTrue(until(lambda: len(self.zips()) == 2), "the next one is packed")
+            sign.touch()
             self.assertFalse(server.wait_for(lambda: len(server.imports()) > 1, 1))
             process.send_signal(signal.SIGTERM)
             self.assertEqual(self.ended(process).status, 143)
