@@ -26,6 +26,24 @@ PATIENT = 60  # seconds; only a failure takes so long
 ROW = re.compile(r"^(\S+) +(.+?)  +(would send|sent|left out|already there|no DICOM|copy|not sent)"
                  r"(?:  +(.*))?$", re.MULTILINE)
 
+# The disk is full for a moment, in the middle of a line.
+TORN = """
+import resource
+import dicomUpload
+teller = dicomUpload.Teller()
+settings = dicomUpload.read_options(sys.argv[1:])
+dicomUpload.Workdir(settings.workdir)
+teller.open(settings)
+most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most[1]))
+teller.log("no room for it" * 99)
+resource.setrlimit(resource.RLIMIT_FSIZE, most)
+teller.log("a line behind it")
+series = dicomUpload.Series("T1", "")
+teller.report(dicomUpload.Outcome(dicomUpload.Session("007", "pre"), [series]))
+teller.check()
+"""
+
 
 def listed(text: str, *statuses: str) -> List[Tuple[str, str, str]]:
     """Label, series and what is said of it, of the series with these statuses."""
@@ -393,6 +411,15 @@ class Report(Messy):
                          sorted("'" + name if name[0] in "=+-@" else name for name in names))
         text = next(self.work.glob("*.csv")).read_bytes()
         self.assertEqual(len(text.decode("utf-8").splitlines()), len(names) + 1)
+
+    def test_once_a_line_was_torn_by_a_full_disk_no_line_comes_behind_it(self) -> None:
+        self.root.mkdir()
+        ran = self.start(self.altered(TORN, "http://xnat.example.org")).communicate(timeout=PATIENT)
+        self.assertRegex("".join(ran), r"log or report \(.*\): cannot be written \(No space.*"
+                         "make room")
+        self.assertEqual(len(self.log()), 1000)
+        self.assertRegex(self.log(), r"\n.* no room for it.*\Z")
+        self.assertEqual(next(self.work.glob("*.csv")).read_text().count("\n"), 1)
 
 
 class SmallWords(unittest.TestCase):
