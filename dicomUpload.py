@@ -2894,12 +2894,13 @@ class Teller(Screen):
             self.line(important=False)
             self.line(f"{heading} ({len(failures):,}):")
             failures.sort(key=lambda each: each[0])
-            for (where, trouble), *more in alike(failures):
+            for same in alike(failures):
+                (where, trouble), *more = same
                 self.line(f"  {where}: {trouble.what}")
                 if more:
                     self.line(f"      and {len(more):,} more like it: "
                               f"{some([each for each, _ in more], 3)}")
-                self.line(f"      {trouble.to_do}")
+                self.line(f"      {remedy(same)}")
 
     def _tell_counts(self, level: Level) -> None:
         """How many of everything."""
@@ -2995,6 +2996,9 @@ def troubles(series: Series) -> List[Trouble]:
     return found
 
 
+ONLY = re.compile(r"--only ('[^']*'|\"[^\"]*\"|[^\s'\"])+")  # as a shell reads it
+
+
 def alike(failures: List[Tuple[str, Trouble]]) -> Iterable[List[Tuple[str, Trouble]]]:
     """Failures of one kind together: names and numbers do not count, what a server says does."""
     kinds: Dict[str, List[Tuple[str, Trouble]]] = defaultdict(list)
@@ -3002,8 +3006,16 @@ def alike(failures: List[Tuple[str, Trouble]]) -> Iterable[List[Tuple[str, Troub
         what = re.sub(r" \((?!HTTP|curl)[^()]*\)", "", trouble.what)
         what = re.sub(r"^\S.*? (?=(is|are|has|cannot|does|changed|could) )", "", what)
         what = what if "(" in what else what.partition(": ")[0].replace("files", "file")
-        kinds[re.sub(r"\S*[\d_./]\S*", "*", f"{what}: {trouble.to_do}")].append((where, trouble))
+        to_do = ONLY.sub("", trouble.to_do)
+        kinds[re.sub(r"\S*[\d_./]\S*", "*", f"{what}: {to_do}")].append((where, trouble))
     return kinds.values()
+
+
+def remedy(same: List[Tuple[str, Trouble]]) -> str:
+    """What to do about failures of one kind: the --only of each, up to fifty, in one call."""
+    only = dict.fromkeys(found[0] for _, trouble in same[:50]
+                         for found in ONLY.finditer(trouble.to_do))
+    return ONLY.sub(" ".join(only).replace("\\", r"\\"), same[0][1].to_do, count=1)
 
 
 # Numbers and names in words

@@ -1,6 +1,8 @@
 """The file that remembers: what it spares, what it survives, and that truth does not need it."""
 
 import re
+import shlex
+import shutil
 import sys
 import unittest
 from typing import Callable, List
@@ -190,6 +192,20 @@ class WhatIsGone(LedgerTest):
             (self.folder / "008").rename(self.root / "008")
             self.stays_so(server)
             self.assert_whole(server)
+
+    def test_what_is_said_of_many_that_are_gone_settles_all_of_them_at_once(self) -> None:
+        paths = [f"{subject}/pre/A_0001" for subject in ("007", "it's", "a b", "x*[1]")]
+        self.tree(*paths, "008/pre/A_0001")
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=5)
+            for path in paths:
+                shutil.rmtree(self.root / path.split("/")[0])
+            ran = self.run_it(server, status=1, posts=0)
+            self.assertIn("and 3 more like it", ran.out)
+            advice = re.findall("meant so add (.*) once", ran.out)
+            self.assertEqual(len(advice), 1, ran.out)
+            self.run_it(server, *shlex.split(advice[0]), status=0, posts=0)
+            self.stays_so(server)
 
     def test_what_cannot_be_read_is_not_gone(self) -> None:
         self.tree(*self.PATHS)
