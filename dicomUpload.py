@@ -608,6 +608,8 @@ def why_unsendable(name: str) -> str:
         return "has a line break or DEL in its name"
     if not is_utf8(name):  # Java's ZipInputStream refuses the whole zip for it
         return "has a name that is not UTF-8"
+    if name.endswith(".log"):  # left behind, and deleted, when XNAT archives (MergeSessionsA)
+        return "is DICOM named as a log"
     return "is DICOM named as an archive" if XNAT_UNPACKS.search(name) else ""
 
 
@@ -1490,6 +1492,9 @@ MEANINGS = (
             stops=True),
     Meaning("HTTP 3.*InactiveAccount", "the account is not active yet", "ask the XNAT admin",
             stops=True),
+    Meaning("HTTP 3.*(/app/template/|mfa|saml|oauth|openid|shibboleth|sso)",
+            "a second login stands before XNAT",
+            "give an alias token as USER and PASS, or ask the XNAT admin", stops=True),
     Meaning("HTTP 3.., to (?!.*/data/archive/)", "the server has another address",
             "give that one as URL", stops=True),
     Meaning("HTTP 200, a login page", "a web page came instead of an answer",
@@ -1524,6 +1529,8 @@ MEANINGS = (
             "replaces XNAT's"),
     Meaning("modality|(another|session) subject|session uid", NO, "XNAT has another subject, study "
             "or modality under this label: rename the folder"),
+    Meaning("event tracking for", "another user tried to archive it first",
+            "see that this one does, or delete it in XNAT's prearchive, then run again"),
     Meaning("timeout interval", "XNAT is still at work on it", LATER),
     Meaning("HTTP 5", NO, "run again later; if it stays, ask the XNAT admin"),
     Meaning("", NO, "look at the session in XNAT's prearchive"),
@@ -1572,7 +1579,8 @@ class Xnat(Curl):
             raise Stop(f"{self.settings.url}: no login came back: is this XNAT's own address?")
         self.cookie, user = answer.body.strip(), self.settings.user
         urls = [self.path() + "?format=json",
-                "/data/projects?permissions=edit&dataType=xnat:subjectData&format=json"]
+                # Without a dataType: of those that may upload sessions (PermissionsProjectHandler).
+                "/data/projects?permissions=edit&format=json"]
         try:
             first, second = self.ask_once(*urls)
             found = self._persist(urls[0], first)
@@ -1615,13 +1623,18 @@ class Xnat(Curl):
 
     def scans(self, path: str) -> List[Scan]:
         """What the server holds of the session at `path`; in the prearchive, as of its last build.
-        Nothing where it is not there. Raises Trouble if the server does not tell."""
+        Raises Trouble if the server does not tell, or does not show an archived session."""
         urls = [path + "/scans?format=json&columns=ID,UID",
                 path + "/scans/ALL/resources?format=json&cache_file_stats=true"]
         if "/prearchive/" in path:
             urls = [path + "?format=xml", path + "/resources?format=json"]
         first, second = self.ask_once(*urls)
-        uids, rows = scan_uids(self._persist(urls[0], first)), table(second.json())
+        answer = self._persist(urls[0], first)
+        if answer.status == 404 and "/prearchive/" not in path:
+            raise Trouble(f"XNAT archived it, but does not show it to {self.settings.user} "
+                          f"({answer.evidence}, {path})", "ask the project's owner (is it in "
+                          "quarantine, or its subject shared from another project?)")
+        uids, rows = scan_uids(answer), table(second.json())
         found = []
         if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
             rows = [dict(row, cat_id=scan) for scan in uids
@@ -1677,7 +1690,8 @@ class Xnat(Curl):
             raise Trouble(f"{meaning.means} ({what})", meaning.to_do, refused=True)
         if not addresses:
             raise Trouble("XNAT kept none of these files (empty answer)", "ask the project's owner "
-                          "about import filters and anonymization scripts", refused=True)
+                          "about import filters and anonymization scripts; if it is meant so, "
+                          "leave that series out with --config", refused=True)
         for address in addresses:
             found = ADDRESS.search(address)
             if not found:
@@ -1710,7 +1724,8 @@ class Xnat(Curl):
             raise Trouble(f"the prearchive has it under subject {subject}, here it is subject "
                           f"{session.subject_label} ({address})", "rename the folder, or delete "
                           "that in the prearchive, then run again")
-        query = {"action": "build" if self.settings.review else "commit"}
+        query = {"action": "build" if self.settings.review else "commit",
+                 "EXPT_LABEL": session.label}  # else rules of the site may give it another one
         if self.settings.overwrite_files:
             query["overwrite_files"] = "true"
         for tries in itertools.count(1):
@@ -1718,6 +1733,9 @@ class Xnat(Curl):
             meaning = meaning_of(answer)
             found = re.search(r"/data/archive(/projects/\S+)", answer.body)
             if answer.status == 301 and found:  # the subject's label may differ in case
+                if not found[1].endswith("/" + session.label):
+                    raise Trouble(f"XNAT archived it under another label ({found[1]})",
+                                  "look there, and ask the XNAT admin")
                 return "/data" + found[1]
             if answer.status == 200 and "/data/prearchive/" in answer.body:
                 return address
@@ -2419,14 +2437,15 @@ class Upload:
 
     def _count_refusals(self, outcome: Outcome) -> None:
         """Raises Stop when the server refuses one session after another with the same words."""
-        troubles = [each for series in outcome.series for each in series.problems]
+        passed = any(each.sent for each in outcome.series)
+        troubles = [each for series in outcome.series for each in series.problems if not passed]
         refused = [each.what for each in troubles + [outcome.trouble] if each and each.refused]
         with self._lock:
             if refused:
                 # Names and numbers differ, and how a connection breaks is chance.
                 words = re.sub(r"\(curl .*|\S*[\d_./]\S*", "", refused[0])
                 self._refused = [each for each in self._refused if each == words] + [words]
-            elif outcome.where in ("archived", "prearchived") and not outcome.earlier:
+            elif passed or outcome.where in ("archived", "prearchived"):
                 self._refused = []
             if len(self._refused) >= self.ALIKE:
                 raise Stop(f"{self.settings.url}: the server refuses everything ({self.ALIKE} "
@@ -2554,7 +2573,8 @@ class Upload:
                         each.problems.append(trouble)
             elif theirs[uid] > count:
                 self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
-                                f"folder has {count}: the others come from elsewhere")
+                                f"folder has {count}: the others come from elsewhere, "
+                                "or XNAT kept some twice")
 
 
 def rest_of(upload: Upload) -> Iterator[Outcome]:

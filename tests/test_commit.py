@@ -147,6 +147,12 @@ ROWS = [
         "login refused", beside=True),
     Row("a commit that is redirected", on(COMMIT, "redirect", location=LOGIN_VM), 2, 1, BOTH, 3,
         "redirect|login", beside=True),
+    Row("a label that a rule of the site would change", None, 2, 1, BOTH, 0,
+        "archived, 4 files verified", knobs={"label_rule": "other"}),
+    Row("an archive under another label", on(
+        COMMIT, "answer", status=301, body=b"/data/archive/projects/BRAIN/subjects/007/"
+        b"experiments/other"), 2, 1, BOTH, 1,
+        "archived it under another label .*/other. | look there"),
     # -- what the archive holds already
     Row("the same images", None, 0, 0, THERE, 0, "already there, 4 files", before=already_there),
     Row("the same images by other names", None, 0, 0, THERE, 0, "already there, 4 files",
@@ -189,6 +195,8 @@ ROWS = [
         knobs={"statistics": "never"}),
     Row("scans that come late", proxy(503, COUNT, times=3), 2, 1, BOTH, 0,
         f"{AGAIN} | archived, 4 files verified", options="--retries 2"),
+    Row("a session in quarantine", ever(page(404, "Not there", where=COUNT)), 2, 1, BOTH, 1,
+        "XNAT archived it, but does not show it to alice .HTTP 404.* | the project's owner"),
     Row("snapshots are no images", None, 2, 1, BOTH, 0, "archived, 4 files verified",
         knobs={"snapshots": True}, beside=True),
 ]

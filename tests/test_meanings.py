@@ -83,6 +83,7 @@ class Meanings(unittest.TestCase):
          "XNAT has another subject", False, False),
         (0, 500, "FAILED: Operation Failed: Session already exists with matching files.",
          "--overwrite-files", False, False),
+        (0, 500, "User alice cannot read event tracking for it", "another user", False, False),
         (0, 500, "a timeout interval elapsed", "still at work", False, False),
         (0, 500, "java.lang.NullPointerException", "ask the XNAT admin", False, False),
         (0, 507, "", "ask the XNAT admin", False, False),
@@ -134,7 +135,7 @@ class Meanings(unittest.TestCase):
         met.add(id(meaning(0, 409, "Session processing in progress")))
         met.add(id(meaning(0, 200, "<html>Login</html>")))
         met |= {id(dicomUpload.meaning_of(answer(0, 302, location=f"https://x/{page}")))
-                for page in ("", "XDATScreen_UpdateUser.vm", "InactiveAccount.vm")}
+                for page in ("", "XDATScreen_UpdateUser.vm", "InactiveAccount.vm", "saml2/sso")}
         for row in dicomUpload.MEANINGS:
             with self.subTest(row.sign):
                 self.assertIn(id(row), met)
@@ -168,6 +169,8 @@ class Refusal(unittest.TestCase):
                  "not active yet.*admin"),
                 (answer(0, 301, location="https://login.example.org:8443/x"), True,
                  "another address .HTTP 301, to https://login.example.org:8443/x.: give that one"),
+                (answer(0, 302, location=f"{url}{app}MfaVerify.vm"), True, "second login.*token"),
+                (answer(0, 302, location="https://idp.example.org/saml2/x"), True, "alias token"),
                 (answer(0, 200, page + "<form>Login"), True, "web page.*XNAT's own address"),
                 (answer(0, 200, page), False, "HTTP 200, a web page.*XNAT's own address"),
                 (answer(0, 301, "/data/archive/projects/BRAIN", location=f"{url}/data/archive/x"),

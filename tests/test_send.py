@@ -252,6 +252,24 @@ class ManySessions(FaultTest):
             server.faults.append(Fault("disk full", IMPORT, skip=1, times=10))
             self.run_it(server, "--procs", "1", status=1, posts=21, commits=1)
 
+    def test_a_filter_that_takes_one_series_of_each_session_does_not_stop_it(self) -> None:
+        self.tree(*(f"{100 + number}/pre/{name}" for number in range(22)
+                    for name in ("A_0001", "P_0002")), files=1)
+        with self.xnat(reject=("P_0002",)) as server:
+            ran = self.run_it(server, status=1, posts=44, commits=0)
+            self.assertIn("22 sessions: 22 held back", ran.out)
+            self.assertRegex(ran.out, "kept none of these.*\n.*and 21 more.*\n.* with --config")
+            config = self.folder / "config.json"
+            config.write_text('{"Exclude": ["P_"]}')
+            self.run_it(server, "--config", str(config), status=0, posts=0, commits=22)
+
+    def test_a_server_that_archives_nothing_stops_the_run(self) -> None:
+        self.many(22)
+        with self.xnat() as server:
+            server.fail("error page", "action=commit", status=500, text="boom", times=None)
+            ran = self.run_it(server, "--procs", "1", status=3, posts=20, commits=20)
+            self.assertIn("the server refuses everything", ran.text)
+
     def test_one_session_that_fails_does_not_hold_up_the_others(self) -> None:
         self.tree("007/post/A_0001", "007/pre/A_0001", "008/pre/A_0001")
         with self.xnat() as server:

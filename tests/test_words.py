@@ -39,6 +39,7 @@ class Names(Words):
     def test_names_that_neither_zip_nor_xnat_takes_say_why(self) -> None:
         for name, word in (("a\nb", "line break"), ("a\rb", "line break"), ("a\x7f", "DEL"),
                            ("in\nner/x", "line break"), ("\udcff", "UTF-8"), ("a.zip", "archive"),
+                           ("a/b.log", "as a log"),
                            ("a.TGZ", "archive"), ("a.tar.gz", "archive"), ("x.xar", "archive")):
             with self.subTest(name):
                 self.assertIn(word, dicomUpload.why_unsendable(name))

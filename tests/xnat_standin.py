@@ -103,6 +103,7 @@ class Knobs:
     file_names: bool = True           # False: scans/N/resources/DICOM/files is an empty list
     refuse_lists: Collection[str] = ()  # "archive", "prearchive": a project's list is a 403
     keep: str = ""                    # a folder that gets each file of a form, for other judges
+    label_rule: str = ""              # a label for what is archived, unless its commit has one
     reject: Union[Collection[str], Callable[[str], bool]] = ()  # series XNAT's filter throws away
     unique_sop_uids: bool = True      # from 1.8.7: one SOP instance twice in a scan is refused
     strict_parser: bool = False       # a file that is cut in its pixels is non-parsable too
@@ -232,6 +233,7 @@ class Row:
     files: Dict[Tuple[str, str], Stored] = field(default_factory=dict)
     built: Optional[Scans] = None
     queued: bool = False              # for the archive; its status does not tell
+    label: str = ""                   # as its commit says, see fixSessionLabel
 
     @property
     def uri(self) -> str:
@@ -1147,7 +1149,8 @@ class Store:
 
     def _move(self, row: Row, overwrite: bool) -> Session:
         """The archive step of section 11; conflicts are 409."""
-        label, subject = clean(row.name), clean(row.subject)
+        label = clean(row.label or self.knobs.label_rule or row.name)
+        subject = clean(row.subject)
         if not VALID_ID.fullmatch(label) or not VALID_ID.fullmatch(subject):
             raise Refused(500, "Identifiers cannot use special characters.")
         subject = self._known_subject(row.project, subject)
@@ -2080,6 +2083,7 @@ def commit(xnat: "Standin", exchange: Exchange, row: Row) -> Answer:
     """Build and perhaps archive: 301 archived, 200 left in the prearchive (section 6.2)."""
     fault = exchange.fault
     wait = fault.seconds if fault and fault.kind == "queued" else 0
+    row.label = exchange.params.get("EXPT_LABEL", "")
     with xnat.committing(exchange, row):
         try:
             result = xnat.store.commit(row, truthy(exchange.params.get("AA")),
