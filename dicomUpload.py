@@ -291,6 +291,7 @@ class Outcome:
     # also: to send, to archive
     where: str = "failed"
     files: int = 0  # of ours on the server, counted by it
+    study: str = ""  # Study UID, if the server has it under our UIDs
     address: str = ""  # where it lies
     earlier: bool = False  # an earlier run, or somebody else, had brought all of it there
     trouble: Optional[Trouble] = None  # of the session as a whole
@@ -1525,8 +1526,8 @@ MEANINGS = (
             "ask the XNAT admin to delete that scan, and the session in the prearchive, then run "
             "again"),
     Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the "
-            "session in the prearchive, then run again; if they are newer here, --overwrite-files "
-            "replaces XNAT's"),
+            "session in the prearchive, then run again; if it stays, or they are newer here, add "
+            "--overwrite-files --again, and --only for this session"),
     Meaning("modality|(another|session) subject|session uid", NO, "XNAT has another subject, study "
             "or modality under this label: rename the folder"),
     Meaning("event tracking for", "another user tried to archive it first",
@@ -1780,6 +1781,7 @@ class Contents:
         xnat.version = str(info.get("version", "")) if isinstance(info, dict) else ""
         # Whether XNAT replaces files that it has (PrearchiveCode.AutoArchiveOverwrite).
         self.replaces = xnat.settings.overwrite_files or code == 5
+        self.manual = code == 0  # what is committed waits for a person
         labels = {session.label for session in sessions}
         ours = {session.subject_label.lower() for session in sessions}
         rows = table(listed)
@@ -1904,6 +1906,7 @@ class Known(NamedTuple):
     images: str = ""  # of what its images are
     number: int = 0  # of them
     by_crc: bool = False  # whether `images` has their CRC-32s, which zip has computed
+    uids: str = ""  # their Series UIDs
 
     def is_of(self, images: List[File], series: Series) -> bool:
         """Whether these images of a series are the ones that were noted."""
@@ -1920,28 +1923,37 @@ class Known(NamedTuple):
 class Memory:
     """What earlier runs have done for one session."""
 
-    # On its way: series, first and last name, fingerprint and address of each part that is sent.
+    # On its way: series, first and last name, fingerprint, UID, address of each part that is sent.
     parts: List[Dict[str, str]] = field(default_factory=list)
     ended: str = ""  # archived, prearchived, nothing to send
     path: str = ""  # where that was counted
     files: int = 0  # so many
     whole: bool = False  # nothing was wrong with it
-    series: Dict[str, Known] = field(default_factory=dict)
+    study: str = ""  # its Study UID, if XNAT had it under our UIDs
+    elsewhere: bool = False  # it was sent from another ROOTDIR
+    series: Dict[str, Known] = field(default_factory=dict)  # by the names of their folders
 
     @property
     def address(self) -> str:
         return self.parts[-1]["address"] if self.parts else ""
 
     def of(self, series: Series) -> Known:
-        return self.series.get(series.name, Known())
+        """What is known of a series, be it under another folder's name; before it is read, by
+        its name."""
+        known, uids = self.series.get(series.name, Known()), uids_of(series)
+        if uids in ("", known.uids):
+            return known
+        return next((each for each in self.series.values() if each.uids == uids), Known())
 
     def gone(self, series: List[Series]) -> List[str]:
-        """Series that had images, and have none any more, nor has a folder of a new name."""
+        """Series whose images were sent from here, and are in no folder any more."""
         here = {each.name for each in series
                 if each.images or each.problems or each.status in ("left out", "copy")}
-        new = [each for each in series if each.images and each.name not in self.series]
-        return [name for name, known in self.series.items() if known.number and name not in here
-                and not any(known.is_of(each.images, each) for each in new)]
+        uids = {image.series for each in series for image in each.images}
+        sent = {part["series"]: part["uid"] for part in self.parts}
+        sent.update({name: each.uids for name, each in self.series.items() if each.number})
+        return [name for name, its in sent.items()
+                if not (self.elsewhere or name in here or its and set(its.split()) <= uids)]
 
     def is_same(self, series: List[Series]) -> bool:
         """Whether the folder is what an earlier run verified, by names, sizes and times."""
@@ -1960,17 +1972,25 @@ class Memory:
         return found
 
     def renewed(self, series: List[Series]) -> Dict[str, Known]:
-        """What is to be remembered of these series from now on."""
+        """What is to be remembered of these series from now on. Raises OSError."""
         found = {}
         for each in series:
+            for image in self.sent(each):  # an earlier run knew what zip had computed
+                crc_of(each, image)
             by_crc = all(image.crc >= 0 for image in each.images)
             if not by_crc and self.of(each).listing == each.listing:  # its CRC-32s are still true
                 found[each.name] = self.of(each)
             elif each.status != "left out":
                 found[each.name] = Known(each.listing, images_fingerprint(each.images, by_crc),
-                                         len(each.images), by_crc)
-        found.update({name: self.series[name] for name in self.gone(series)})  # until --again
+                                         len(each.images), by_crc, uids_of(each))
+        for name in self.gone(series):  # until --again
+            found[name] = self.series.get(name, Known(number=1))
         return found
+
+
+def uids_of(series: Series) -> str:
+    """The Series UIDs of its images: one, nearly always."""
+    return " ".join(sorted({image.series for image in series.images}))
 
 
 def part_fingerprint(images: List[File]) -> str:
@@ -2027,13 +2047,13 @@ class Ledger:
         if line["event"] == "gone":
             self.from_here.pop(line["session"], None)
         elif line["event"] == "sent":
-            names = "series", "first", "last", "files", "address"
+            names = "series", "first", "last", "files", "uid", "address"
             self._parts[key].append({name: str(line[name]) for name in names})
         else:
             self._parts.pop(key, None)
             self._ended[key] = at
-            if line.get("root") == self._root:
-                self.from_here[line["session"]] = Session(*map(str, line["folders"]))
+        if line["event"] != "gone" and line["root"] == self._root:
+            self.from_here[line["session"]] = Session(*map(str, line["folders"]))
 
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
@@ -2047,6 +2067,7 @@ class Ledger:
                 memory.series = {str(name): Known(*known) for name, known in line["series"].items()}
                 memory.path, memory.files = str(line["path"]), int(line["files"])
                 memory.ended, memory.whole = str(line["where"]), bool(line["whole"])
+                memory.study, memory.elsewhere = str(line["study"]), line["root"] != self._root
         return memory
 
     def add(self, event: str, session: Optional[Session] = None, **more: Any) -> None:
@@ -2097,13 +2118,15 @@ class Comparison:
 
         Raises Trouble where sending more could only make it worse.
         """
-        archived = bool(self.contents.archived(self.session))
+        archived, study = self.contents.archived(self.session), self._study()
         if archived:
             self.held = self.xnat.scans(self.contents.path(self.session))
         # Else a script of the site has changed the UIDs, and the ledger counts.
         same_uids = not self.held or any(scan.uid in self.by_uid for scan in self.held if scan.uid)
-        if same_uids and self.xnat.settings.dry_run:  # it shows what the server says
-            self.memory = Memory(self.memory.parts)
+        if self.memory.study and not same_uids and archived.get("uid") not in ("", study):
+            raise Trouble(f"XNAT's archive has another study under the label {self.session.label} "
+                          "than the one that an earlier run saw there", "rename the session "
+                          f"folder, or {anew(self.session, True)}")
         there = self._among(self.held)
         ours = self.memory.address in waiting
         found = [self.memory.address] if ours else []
@@ -2131,6 +2154,10 @@ class Comparison:
                 each.status = "already there"
         return found
 
+    def _study(self) -> str:
+        """Our Study UID."""
+        return next(iter(self.by_uid.values()))[0][1].study
+
     def _among(self, scans: List[Scan]) -> Set[File]:
         """Our images among these: by Series UID and count, and by names where these differ."""
         there: Set[File] = set()
@@ -2143,9 +2170,12 @@ class Comparison:
         for uid, pairs in self.by_uid.items():
             mine = [scan for scan in scans if uid and scan.uid == uid]
             count, images = sum(scan.files for scan in mine), [image for _, image in pairs]
-            if count == len(images):
+            series = list(dict.fromkeys(each for each, _ in pairs))
+            other = any(self.memory.of(each).number and not self.memory.of(each).is_of(
+                each.images, each) for each in series)  # than an earlier run has noted
+            if count == len(images) and not other:
                 there.update(images)
-            if count in (0, len(images)):
+            if not count or count == len(images) and not other:
                 continue
             names = self.xnat.names(mine)
             absent, sure = not_among(images, names)
@@ -2154,19 +2184,19 @@ class Comparison:
             # XNAT would refuse it, or put it in another image's place.
             taken = any(stored_name(image) in names for image in absent)
             there |= set(images) - set(absent)
-            series = list(dict.fromkeys(each for each, _ in pairs))
             if taken or absent and not sure and not all(map(is_noted, series)):
                 for each in series:
                     each.problems.append(Trouble(
                         f"XNAT has {count} of its {plural(len(images), 'file')}, under other names "
                         f"(not {absent[0].name}): which are missing cannot be told",
-                        anew(self.session, True)))
+                        "delete that in the prearchive, then run again"
+                        if "/prearchive/" in mine[0].names_path else anew(self.session, True)))
         return there
 
     def _join(self, waiting: Dict[str, Row]) -> List[Scan]:
         """What waits in the prearchive, left there by a run whose workdir is lost, or by another
         tool. Raises Trouble if its UIDs are not ours."""
-        scans, study = [], next(iter(self.by_uid.values()))[0][1].study
+        scans, study = [], self._study()
         for address, row in waiting.items():
             if row.get("status") in ("RECEIVING", "ERROR"):  # it tells nothing, or not all
                 if self.xnat.settings.dry_run:
@@ -2337,7 +2367,7 @@ class Sender:
                     self.xnat.post, session, series, len(part.files), zipped, moved)
             self.ledger.add("sent", session, series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
-                            address=address)
+                            uid=part.files[0].series, address=address)
             moved(1.0)
         outcome.address = address
         outcome.answered.set()
@@ -2439,18 +2469,18 @@ class Upload:
         """Raises Stop when the server refuses one session after another with the same words."""
         passed = any(each.sent for each in outcome.series)
         troubles = [each for series in outcome.series for each in series.problems if not passed]
-        refused = [each.what for each in troubles + [outcome.trouble] if each and each.refused]
+        refused = [each for each in troubles + [outcome.trouble] if each and each.refused]
         with self._lock:
             if refused:
                 # Names and numbers differ, and how a connection breaks is chance.
-                words = re.sub(r"\(curl .*|\S*[\d_./]\S*", "", refused[0])
+                words = re.sub(r"\(curl .*|\S*[\d_./]\S*", "", refused[0].what)
                 self._refused = [each for each in self._refused if each == words] + [words]
             elif passed or outcome.where in ("archived", "prearchived"):
                 self._refused = []
             if len(self._refused) >= self.ALIKE:
                 raise Stop(f"{self.settings.url}: the server refuses everything ({self.ALIKE} "
-                           f"sessions in a row; the last: {refused[0]}): ask the XNAT admin (is "
-                           "its disk full?), then run again")
+                           f"sessions in a row; the last: {refused[0].what}): "
+                           f"{refused[0].to_do}")
 
     # One session
 
@@ -2477,7 +2507,7 @@ class Upload:
         outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
         if settings.dry_run:
-            self._foresee(outcome, addresses, held)
+            self._foresee(outcome, addresses, held, memory)
             return
         addresses = self.sender.send(outcome, addresses)
         outcome.where = "held back" if addresses else "failed"
@@ -2495,7 +2525,7 @@ class Upload:
         self._verify(outcome, images, [] if addresses else held)
         self.sender.ledger.add(
             "ended", session, where=outcome.where, path=outcome.address, files=outcome.files,
-            whole=not outcome.failed(),
+            whole=not outcome.failed(), study=outcome.study,
             series=memory.renewed([each for each in series if not each.problems]))
 
     def _has_read(self) -> None:
@@ -2511,14 +2541,17 @@ class Upload:
         has told. Raises Trouble if somebody has deleted it there: it does not come back by itself.
         """
         session, where = outcome.session, memory.ended
-        archived = bool(self.contents.archived(session))
+        archived = self.contents.archived(session)
         waits = where == "prearchived" and self.contents.waits(session, memory.path)
         reviewed = where == "prearchived" and not waits  # archived by a person: count it there
         if where in ("archived", "prearchived") and not (archived or waits or memory.parts):
             raise Trouble("an earlier run saw it archived, and it is not there any more" if
                           where == "archived" else "it was left for review, and is neither in the "
                           "prearchive nor in the archive any more", anew(session))
-        if reviewed or not memory.is_same(outcome.series):
+        other = archived and (
+            archived.get("subject_label", "").lower() != session.subject_label.lower()
+            or memory.study and archived.get("uid") not in ("", memory.study))
+        if reviewed or other or not memory.is_same(outcome.series):
             return False
         for each in outcome.series:
             each.there = memory.of(each).number
@@ -2527,13 +2560,16 @@ class Upload:
         outcome.address = memory.path
         return True
 
-    def _foresee(self, outcome: Outcome, addresses: List[str], held: List[Scan]) -> None:
+    def _foresee(self, outcome: Outcome, addresses: List[str], held: List[Scan], memory: Memory
+                 ) -> None:
         """How a real run would go on from here."""
         series = outcome.series
+        stays = self.settings.review or self.contents.manual or (
+            memory.ended == "prearchived" and memory.path in addresses)
         outcome.files = sum(each.there for each in series)
         outcome.where = ("failed" if any(each.problems for each in series) else
                          "to send" if any(each.missing for each in series) else
-                         "to archive" if addresses and not self.settings.review else
+                         "to archive" if addresses and not stays else
                          "there" if outcome.files else "nothing to send")
         if outcome.where == "there":  # by the server's own count
             self._verify(outcome, [image for each in series for image in each.images], held)
@@ -2558,7 +2594,9 @@ class Upload:
             scans += self.xnat.scans(self.contents.path(session))  # what is new waits
         for scan in scans:
             theirs[scan.uid] += scan.files
-        if not set(ours) & set(theirs):
+        if set(ours) & set(theirs):
+            outcome.study = images[0].study
+        else:
             ours, theirs = {"": len(images)}, Counter({"": sum(theirs.values())})
         for uid, count in ours.items():
             if theirs[uid] < count:
@@ -2573,8 +2611,8 @@ class Upload:
                         each.problems.append(trouble)
             elif theirs[uid] > count:
                 self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
-                                f"folder has {count}: the others come from elsewhere, "
-                                "or XNAT kept some twice")
+                                f"folder has {count}: the others are not in this "
+                                "folder, or XNAT kept some twice")
 
 
 def rest_of(upload: Upload) -> Iterator[Outcome]:
@@ -2601,13 +2639,13 @@ def again_for(session: Session, replacing: bool = True) -> str:
 ENDS = {  # Outcome.where in words, unless it is one
     "prearchived": "in the prearchive, waiting for review",
     "held back": "held back in the prearchive",
-    "failed": "not there",
+    "failed": "not sent",
     "to send": "would be sent",
     "to archive": "in the prearchive, would be archived",
     "there": "already there",
 }
 COLOURS = {  # on a terminal, of what stands at the beginning of a line or after two spaces
-    31: "not archived|not there|not sent|damaged|packed|Failed|Gone",
+    31: "not archived|not sent|damaged|packed|Failed|Gone",
     32: "archived|already there|sent|would be sent|would send|All is there",
     33: "in the prearchive|held back",
 }

@@ -65,6 +65,11 @@ class CompareTest(UploadTest):
         place.write_bytes(dicom_file(study=study, series=uid(study, number), number=number,
                                      instance=instance, description=folder, **more))
 
+    def change(self, path: Path, text: bytes) -> None:
+        """Other bytes, of the same number, under the same UID."""
+        data = path.read_bytes()
+        path.write_bytes(data[:-len(text)] + text)
+
     def elsewhere(self) -> None:
         """From now on with an empty workdir."""
         self.work = self.work.with_name(self.work.name + "x")
@@ -474,6 +479,154 @@ class SomethingIsNew(CompareTest):
                 self.elsewhere()
 
 
+class WhatTheLedgerKnows(CompareTest):
+    """It is never taken for proof that something is there; what it knows goes by UIDs."""
+
+    def test_an_image_that_came_after_another_went_is_sent_though_the_counts_are_equal(self
+                                                                                       ) -> None:
+        self.plant(ONE, TWO, files=4)
+        with self.xnat() as server:
+            self.run_once(server)
+            (self.root / "007" / ONE / "IM0002.dcm").unlink()
+            self.there(server)
+            self.image(f"007/{ONE}", 5)
+            self.foretold(server, "T1_0001 +would send +1 file,")
+            self.assertEqual(self.run_once(server).sent, [("007_pre", ["IM0005.dcm"])])
+            self.there(server)
+            self.elsewhere()
+            self.there(server)
+
+    def test_what_an_earlier_run_sent_of_a_session_has_changed_when_its_bytes_have(self) -> None:
+        self.plant(ONE, TWO)
+        lost = self.root / "007" / TWO / "lost.dcm"
+        lost.symlink_to("nowhere")
+        with self.xnat() as server:
+            self.run_once(server, status=1)
+            lost.unlink()
+            self.assertEqual(self.run_once(server).sent,
+                             [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
+            for path in (ONE, TWO):
+                self.change(self.root / "007" / path / "IM0002.dcm", b"BB")
+            self.told(server, "T1_0001: has changed since it was sent\n.* 1 more like it.* T2_0002")
+            self.run_once(server, "--overwrite-files")
+            self.whole(server)
+
+    def test_another_study_that_came_in_place_of_ours_is_told_by_every_run(self) -> None:
+        self.plant(ONE)
+        with self.xnat() as server:
+            self.run_once(server)
+            server.store.archive.clear()
+            self.plant(ONE, root=self.folder / "other")
+            for path in (self.folder / "other").rglob("*.dcm"):
+                path.unlink()
+            write_series(self.folder / "other/007" / ONE, study="1.2.3", number=1, files=2)
+            other = self.arguments(server.url, "--workdir", str(self.folder / "w"),
+                                   root=self.folder / "other")
+            self.assertEqual(self.run_command(other).status, 0)
+            for options in ((), ("--dry-run",)):
+                self.told(server, "007_pre: XNAT's archive has another study under the label",
+                          *options)
+
+    def test_another_subject_that_has_our_session_now_is_told(self) -> None:
+        self.plant(ONE)
+        with self.xnat() as server:
+            self.run_once(server)
+            server.archive["BRAIN", "007_pre"].subject = "999"
+            self.told(server, "has 007_pre under subject 999, here it is subject 007")
+
+    def test_two_roots_with_a_part_of_a_session_each_are_both_whole(self) -> None:
+        self.plant(ONE)
+        disk = self.folder / "disk2"
+        self.plant(TWO, root=disk)
+        with self.xnat() as server:
+            self.run_once(server)
+            self.run_once(server, root=disk)
+            for root in (self.root, disk, disk, self.root):
+                self.there(server, root=root)
+            shutil.rmtree(disk / "007" / TWO)
+            (disk / "007" / TWO).mkdir()
+
+    def test_a_series_that_was_sent_and_went_before_its_session_was_whole_is_gone(self) -> None:
+        self.plant(ONE, TWO)
+        lost = self.root / "007" / TWO / "lost.dcm"
+        lost.symlink_to("nowhere")
+        with self.xnat() as server:
+            self.run_once(server, status=1)
+            lost.unlink()
+            (self.root / "007" / ONE).rename(self.folder / "T1")
+            for _ in range(2):
+                seen = self.run_once(server, status=1)
+                self.assertRegex(seen.ran.out, r"Gone \(1\):\n  007_pre T1_0001: earlier runs")
+            (self.folder / "T1").rename(self.root / "007" / ONE)
+            self.there(server)
+            self.whole(server)
+
+    def test_a_session_that_was_sent_in_part_and_whose_folder_went_is_gone(self) -> None:
+        self.plant(ONE, "post/T1_0001")
+        lost = self.root / "007" / ONE / "lost.dcm"
+        self.image("007/pre/T2_0002", 1)
+        lost.symlink_to("nowhere")
+        with self.xnat() as server:
+            self.run_once(server, status=1)
+            shutil.rmtree(self.root / "007/pre")
+            seen = self.told(server, r"Gone \(1\):\n  007_pre: earlier runs")
+            self.run_once(server, *self.advice(seen.ran))
+            self.run_once(server)
+
+    def test_series_that_were_renamed_split_merged_or_left_as_one_of_two_are_not_gone(self
+                                                                                      ) -> None:
+        def rename(pre: Path) -> None:
+            (pre / "T1_0001").rename(pre / "renamed")
+            self.image("007/pre/T1_0001", 5)
+            (pre / "T1_0001/IM0005.dcm").rename(pre / "renamed/IM0005.dcm")
+            (pre / "T1_0001").rmdir()
+
+        def split(pre: Path) -> None:
+            for name in ("a", "b"):
+                (pre / name).mkdir()
+            for path in (pre / "T1_0001").iterdir():
+                path.rename(pre / ("a" if path.name < "IM0003" else "b") / path.name)
+            (pre / "T1_0001").rmdir()
+
+        def merge(pre: Path) -> None:
+            for path in sorted((pre / "T1_0001").iterdir()):
+                path.rename(pre / "T2_0002" / ("T1" + path.name))
+            (pre / "T1_0001").rmdir()
+
+        def drop_the_first_of_two(pre: Path) -> None:
+            shutil.rmtree(pre / "T1_0001")
+
+        def swap(pre: Path) -> None:
+            (pre / "T1_0001").rename(pre / "x")
+            (pre / "T2_0002").rename(pre / "T1_0001")
+            (pre / "x").rename(pre / "T2_0002")
+
+        for change in cases(rename, split, merge, drop_the_first_of_two, swap):
+            with self.subTest(change.__name__), self.xnat() as server:
+                self.plant(ONE, TWO, files=4)
+                if change is drop_the_first_of_two:
+                    shutil.copytree(self.root / "007" / ONE, self.root / "007/pre/T1_copy")
+                self.run_once(server)
+                change(self.root / "007/pre")
+                self.run_once(server)
+                self.there(server)
+                self.whole(server)
+                shutil.rmtree(self.root)
+                self.elsewhere()
+
+    def test_what_waits_for_review_is_there_for_a_dry_run_too(self) -> None:
+        self.plant(ONE)
+        with self.xnat() as server:
+            for options, project in ((["--review"], "BRAIN"), ([], "MANUAL")):
+                self.run_once(server, *options, project=project)
+                seen = self.run_once(server, "--dry-run", project=project)
+                self.assertEqual(seen.writes, [])
+                self.assertRegex(seen.ran.out, "007_pre +in the prearchive, waiting for review")
+            self.elsewhere()
+            seen = self.run_once(server, "--dry-run", project="MANUAL")
+            self.foretold(server, "007_pre +in the prearchive, would be archived")
+
+
 class InThePrearchive(CompareTest):
     """What earlier runs, or others, have left there."""
 
@@ -745,7 +898,7 @@ class Deleted(CompareTest):
                 delete()
                 # To see a scan go, somebody must look: what is unchanged here is not asked for.
                 os.utime(self.root / "007" / ONE / "IM0001.dcm", (1, 1))
-                self.foretold(server, "T1_0001 +would send")
+                self.assertRegex(self.upload(server, "-n").out, r"T1_0001: .*any more\n.*--again")
                 self.told(server, r"T1_0001: .*any more")
                 seen = self.told(server, r"any more(?s:.*)--again")
                 self.run_once(server, *self.advice(seen.ran))
@@ -774,7 +927,7 @@ class SomethingElseIsThere(CompareTest):
                     else:
                         self.row(server, subject or ours, study or mine, ours + "_pre")
                     where = "archive" if number < 2 else "prearchive"
-                    words.append(f"{ours}_pre +not there: XNAT's {where} .*" + (
+                    words.append(f"{ours}_pre +not sent: XNAT's {where} .*" + (
                         f"there {other}, here {mine}" if study else
                         f"subject 999, here it is subject {ours}"))
                 self.plant(ONE)
@@ -786,7 +939,7 @@ class SomethingElseIsThere(CompareTest):
                 self.assertEqual(seen.commits, ["007_pre"])
                 for each in words:
                     self.assertRegex(seen.ran.text, each)
-                self.told(server, "5 sessions: 4 not there, 1 already there")
+                self.told(server, "5 sessions: 4 not sent, 1 already there")
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
@@ -916,11 +1069,6 @@ class Scripts(CompareTest):
 class Changed(CompareTest):
     """The same image with other times, or other bytes."""
 
-    def change(self, path: Path, text: bytes) -> None:
-        """Other bytes, of the same number, under the same UID."""
-        data = path.read_bytes()
-        path.write_bytes(data[:-len(text)] + text)
-
     def test_other_times_are_no_change_and_other_bytes_are_told(self) -> None:
         self.plant(ONE, TWO)
         path = self.root / "007" / ONE / "IM0001.dcm"
@@ -934,7 +1082,7 @@ class Changed(CompareTest):
             words = "T1_0001: has changed since it was sent"
             for _ in range(2):
                 seen = self.told(server, words)
-            self.foretold(server, "1 already there")  # as far as the server can tell
+            self.assertEqual(self.upload(server, "--dry-run").status, 1)
             seen = self.run_once(server, "--overwrite-files")
             self.assertEqual(seen.sent, [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
             self.whole(server)

@@ -240,7 +240,7 @@ class ManySessions(FaultTest):
         with self.xnat() as server:
             server.fail("disk full", IMPORT, times=None)
             ran = self.run_it(server, "--procs", "1", status=3, posts=20, commits=0,
-                              words="refuses everything .20 sessions in a row | is its disk full | "
+                              words="refuses everything .20 sessions in a row | disk is full | "
                                     "Report: ")
             self.assertNotRegex(ran.text, "(?m)(?<!if not, )copy that file again$")
             self.assertEqual(self.statuses(), ", ".join(25 * ["not sent"]))

@@ -172,8 +172,9 @@ class DryRun(Messy):
             (server.archive["BRAIN", "007_pre"].scans.clear())
             gone = self.upload(server, "-nq", "--only", "007")
         self.assertEqual((dry.status, gone.status), (1, 1), "something is missing")
-        self.assertRegex(gone.out, r"(?m)^2 sessions: .*\b1 would be sent\b")
-        self.assertRegex(gone.out, r"To send: python3 .* -q --only 007\n$")
+        self.assertRegex(gone.out, r"(?m)^2 sessions: .*\b1 not sent\b")
+        self.assertRegex(gone.out, r"(?s)007_pre .*not there any more.* add .*--only 007/pre"
+                                   r".*To send: python3 .* -q --only 007\n$")
         self.assertEqual(len(listed(dry.out, "already there")), 9)
         self.assertEqual(listed(dry.out, "would send"), [
             ("007_pre", "T2_FLAIR_0012", "1 file, 1.6 kB; 2 files already there")])
@@ -202,7 +203,7 @@ class Screen(Messy):
         self.tree()
         with self.xnat() as server:
             shown = self.on_terminal(server, 100, status=1)
-            for words in ("\x1b[32marchived\x1b[0m, ", "\x1b[31mnot there\x1b[0m: two studies",
+            for words in ("\x1b[32marchived\x1b[0m, ", "\x1b[31mnot sent\x1b[0m: two studies",
                           "\x1b[33mheld back\x1b[0m in the prearchive",
                           "\x1b[31mnot sent\x1b[0m", "\x1b[31mdamaged\x1b[0m: IM0009.dcm",
                           "\x1b[31mFailed\x1b[0m (5):"):
@@ -235,7 +236,7 @@ class Screen(Messy):
             "  S000_pre T1: IM0.dcm is a link to nothing",
             "      and 39 more like it: S001_pre T1, S002_pre T1, S003_pre T1 and 36 more",
             "      fix or remove it, then run again", ""])
-        self.assertIn("40 sessions: 40 not there.", last)
+        self.assertIn("40 sessions: 40 not sent.", last)
         self.assertRegex("\n".join(last), r"\nFirst fix the 40 above, then run the same command ")
         rows = self.report()
         self.assertEqual(len(rows), 40)

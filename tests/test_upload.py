@@ -324,7 +324,7 @@ class Stops(RunningTest):
             server.fail("disk full", IMPORT, times=None)
             ran = self.upload(server, "--procs", "2")
             self.assertEqual(ran.status, 3, ran.text)
-            self.assertRegex(ran.err, r"refuses everything \(20 sessions in a row.*disk full")
+            self.assertRegex(ran.err, r"refuses everything \(20 sessions in a row.*disk is full")
             self.assertLess(len(server.imports()), 30)
             self.assertEqual(len(self.report()), 40)
             self.assertNotIn("", {row["message"] for row in self.report()})
