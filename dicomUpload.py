@@ -1401,23 +1401,19 @@ class Curl:
         meaning = meaning_of(answer)
         return Stop(f"{self.settings.url}: {meaning.means} ({answer.evidence}): {meaning.to_do}")
 
-    def get(self, path: str) -> Any:
-        """The JSON at `path`, None if there is none (404). Raises Trouble for other answers."""
+    def get(self, path: str, *tried: Answer) -> Answer:
+        """What is at `path`, 200 or 404: the answer that was `tried`, or what comes of trying on.
+        Raises Trouble for others."""
+        first = list(tried)
         answer, meaning, _ = self.ask_until(
-            path, lambda: self.ask("GET", path, {"format": "json"}))
-        found = answer.json()
-        if found is None and answer.status != 404:
-            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do if
-                          answer.status != 200 else "is this XNAT's own address?")
-        return found
+            path, lambda: first.pop() if first else self.ask_once(path)[0])
+        if answer.status not in (200, 404) or answer.status == 200 and answer.is_html:
+            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
+        return answer
 
-    def rows(self, path: str) -> Optional[List[Row]]:
-        """A listing, None if there is none (404). Raises Trouble for other answers."""
-        found = self.get(path)
-        rows = table(found)
-        if rows is None and found is not None:
-            raise Trouble(f"{path} is no listing", "is this XNAT's own address?")
-        return rows
+    def rows(self, path: str) -> List[Row]:
+        """A listing, empty if it is not there (404). Raises Trouble for other answers."""
+        return rows_of(self.get(path + "?format=json"))
 
 
 def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Sequence[str]
@@ -1586,12 +1582,12 @@ class Xnat(Curl):
                 "/data/projects?permissions=edit&format=json"]
         try:
             first, second = self.ask_once(*urls)
-            found = self._persist(urls[0], first)
+            found = self.get(urls[0], first)
             if found.status == 404:
                 raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
             # An alias may have been given.
             self.project = str(found.json()["items"][0]["data_fields"]["ID"])
-            editable = rows_of(self._persist(urls[1], second))
+            editable = rows_of(self.get(urls[1], second))
             if self.project not in [row.get("id") for row in editable]:
                 raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
                               f"{user} a member")
@@ -1615,15 +1611,6 @@ class Xnat(Curl):
         if self.cookie:
             self.ask("DELETE", "/data/JSESSION", seconds=3)
 
-    def _persist(self, path: str, answer: Answer) -> Answer:
-        """200 or 404: this answer, or what comes of trying on by itself. Raises Trouble."""
-        tried = [answer]
-        answer, meaning, _ = self.ask_until(
-            path, lambda: tried.pop() if tried else self.ask_once(path)[0])
-        if answer.status not in (200, 404):
-            raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
-        return answer
-
     def scans(self, path: str) -> List[Scan]:
         """What the server holds of the session at `path`; in the prearchive, as of its last build.
         Raises Trouble if the server does not tell, or does not show an archived session."""
@@ -1632,7 +1619,7 @@ class Xnat(Curl):
         if "/prearchive/" in path:
             urls = [path + "?format=xml", path + "/resources?format=json"]
         first, second = self.ask_once(*urls)
-        answer = self._persist(urls[0], first)
+        answer = self.get(urls[0], first)
         if answer.status == 404 and "/prearchive/" not in path:
             raise Trouble(f"XNAT archived it, but does not show it to {self.settings.user} "
                           f"({answer.evidence}, {path})", "ask the project's owner (is it in "
@@ -1641,7 +1628,7 @@ class Xnat(Curl):
         found = []
         if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
             rows = [dict(row, cat_id=scan) for scan in uids
-                    for row in self.rows(f"{path}/scans/{quote(scan, safe='')}/resources") or []]
+                    for row in self.rows(f"{path}/scans/{quote(scan, safe='')}/resources")]
         for row in rows:
             scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
             if scan in uids and label in ("DICOM", "secondary"):
@@ -1656,7 +1643,7 @@ class Xnat(Curl):
 
     def names(self, scans: List[Scan]) -> List[str]:
         """The names of the files of these scans, as they are stored."""
-        return [row.get("name", "") for scan in scans for row in self.rows(scan.names_path) or []]
+        return [row.get("name", "") for scan in scans for row in self.rows(scan.names_path)]
 
     def settled(self, address: str) -> Row:
         """The prearchive's row of a session once nothing works on it, empty if it is gone."""
@@ -1817,7 +1804,11 @@ class Contents:
 
     def _fields(self, path: str) -> Row:
         """The fields of the item at `path`, empty if it is not there."""
-        found = self.xnat.get(path)
+        answer = self.xnat.get(path + "?format=json")
+        found = answer.json()
+        if found is None and answer.status == 200:
+            raise Trouble(f"{path} cannot be read ({answer.evidence})", "is this XNAT's own "
+                          "address?")
         with suppress(KeyError, IndexError, TypeError, AttributeError):
             return {key.lower(): str(value or "")
                     for key, value in found["items"][0]["data_fields"].items()}

@@ -198,7 +198,7 @@ class OneCurl(UploadTest):
             self.assertIn("ResultSet", third.json())
             self.assertIsNone(second.json())
             self.assertEqual(curl.rows("/data/projects")[0].get("id"), "BRAIN")
-            self.assertIsNone(curl.rows("/data/projects/NOPE"))
+            self.assertEqual(curl.rows("/data/projects/NOPE"), [])
             server.fail("reset before", "GET /data/projects", times=1)
             self.assertNotEqual(curl.ask("GET", "/data/projects").code, 0)
             curl.ask("DELETE", "/data/JSESSION")
