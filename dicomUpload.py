@@ -559,7 +559,6 @@ def read_files(files: List[Tuple[Series, File]]) -> Iterator[Tuple[Series, File,
         found: Found
         try:
             found = read_header(path, pair[1].bytes)
-            found = Header("packed") if found.kind == "other" and is_packed(path) else found
         except OSError as error:
             found = error
         return pair[0], pair[1], found, time.monotonic() - began
@@ -758,7 +757,6 @@ def look_at_strays(tree: Tree) -> Iterator[Tuple[str, Trouble]]:
         with suppress(OSError):
             if os.path.isfile(path):
                 kind = read_header(path, os.path.getsize(path)).kind
-                kind = "packed" if kind == "other" and is_packed(path) else kind
                 found[os.path.dirname(path), kind].append(os.path.basename(path))
     for (folder, kind), names in found.items():
         if kind in ("DICOM", "damaged", "packed"):
@@ -803,7 +801,7 @@ def read_header(path: str, size: int) -> Header:
             data += file.read(most - len(data))
             header = header_of(data, max(size, len(data)))
             if header.kind != "more":
-                return header
+                return Header("packed") if header.kind == "other" and is_packed(path) else header
     return Header("damaged", why="has a header without end")
 
 
