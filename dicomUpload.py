@@ -663,16 +663,13 @@ def crc_of(series: Series, file: File) -> int:
 def has_changed(session: Session, series: List[Series], settings: Settings) -> bool:
     """Whether a session's folder is another than when it was read. Raises Trouble."""
     again = list_session(session, settings)
-    if [each.name for each in again] != [each.name for each in series]:
+    then, now = ([(each.name, [(file.name, file.bytes) for file in each.files]) for each in found]
+                 for found in (series, again))
+    if then != now or any(each.problems for each in again):
         return True
-    for now, then in zip(again, series):
-        if now.problems or [(file.name, file.bytes) for file in now.files] != [
-                (file.name, file.bytes) for file in then.files]:
-            return True
-        for new, old in zip(now.files, then.files):  # times alone are no change
-            if new.time_ns != old.time_ns and old.sop and crc_of(now, new) != old.crc:
-                return True
-    return False
+    return any(new.time_ns != old.time_ns and old.sop and crc_of(after, new) != old.crc
+               for before, after in zip(series, again)  # times alone are no change
+               for old, new in zip(before.files, after.files))
 
 
 def check_studies(series: List[Series]) -> None:
