@@ -184,10 +184,8 @@ class Settings:
         found = set()
         for pattern in self.only:
             of_subject, _, of_session = pattern.partition("/")
-            if name:
-                fits = fnmatch.fnmatchcase(f"{subject}/{name}", f"{of_subject}/{of_session or '*'}")
-            else:  # the folder cannot be read: the subject's part of the pattern decides
-                fits = fnmatch.fnmatchcase(subject, of_subject)
+            fits = fnmatch.fnmatchcase(subject, of_subject) and (  # it decides if there is no name
+                not name or fnmatch.fnmatchcase(name, of_session or "*"))
             if fits or pattern == Session(subject, name).label:
                 found.add(pattern)
         return found
