@@ -389,16 +389,12 @@ def folders_in(folder: str, files: List[str], no_data: List[str]) -> List[str]:
             lost = entry.is_symlink() and not os.path.exists(entry.path)
             if is_no_data(entry.name):
                 no_data.append(entry.path)
-            elif lost or entry.is_dir() and not leads_back(entry):
+            elif lost or entry.is_dir() and not (
+                    entry.is_symlink() and lies_in(folder, entry.path)):  # would never end
                 names.append(entry.name)
             else:
                 files.append(entry.path)
     return sorted(names)
-
-
-def leads_back(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder is a link to a folder above itself, which would never end."""
-    return entry.is_symlink() and lies_in(os.path.dirname(entry.path), entry.path)
 
 
 def lies_in(path: str, folder: str) -> bool:
