@@ -1549,10 +1549,7 @@ class Scan(NamedTuple):
 class Xnat(Curl):
     """A server, one login and one project on it."""
 
-    def __init__(self, settings: Settings, programs: Programs, teller: Teller) -> None:
-        super().__init__(settings, programs, teller)
-        self.project = settings.project
-        self.version = ""
+    version = ""  # until Contents has asked for it
 
     def meet(self) -> None:
         """Log in once and check the project, before any byte. Raises Stop(3) with the reason.
@@ -1566,6 +1563,7 @@ class Xnat(Curl):
         if not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(f"{self.settings.url}: no login came back: is this XNAT's own address?")
         self.cookie, user = answer.body.strip(), self.settings.user
+        self.project = self.settings.project
         urls = [self.path() + "?format=json",
                 # Without a dataType: of those that may upload sessions (PermissionsProjectHandler).
                 "/data/projects?permissions=edit&format=json"]
