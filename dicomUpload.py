@@ -2510,9 +2510,8 @@ class Upload:
 
     def _has_read(self) -> None:
         """One file more has been read. Raises Stopping: thousands may be to come."""
-        self.teller.has_read(1)
-        if self.xnat.programs.stopping.is_set():
-            raise Stopping("stopping")
+        self.teller.has_read()
+        self.xnat.programs.pause(0)
 
     def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
         """Whether an earlier run has verified this very folder, and it is where that run saw it.
@@ -2753,9 +2752,9 @@ class Screen:
         self._total = len(tree.sessions)
         self.progress()
 
-    def has_read(self, files: int) -> None:
+    def has_read(self) -> None:
         with self._lock:
-            self._counts["read"] += files
+            self._counts["read"] += 1
 
     def plans(self, series: List[Series]) -> None:
         """A session has been read: so much of it is to be sent."""
