@@ -1621,16 +1621,16 @@ class Xnat(Curl):
             if scan in uids and label in ("DICOM", "secondary"):
                 names_path = f"{path}/scans/{quote(scan, safe='')}/resources/{label}/files"
                 if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
-                    count = str(len(self.names([Scan("", 0, names_path)])) or "")
+                    count = str(len(self.names(names_path)) or "")
                 if not count:
                     raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
                                   "ask the XNAT admin to refresh its catalogs, then run again")
                 found.append(Scan(uids[scan], int(count), names_path))
         return found
 
-    def names(self, scans: List[Scan]) -> List[str]:
-        """The names of the files of these scans, as they are stored."""
-        return [row.get("name", "") for scan in scans for row in self.rows(scan.names_path)]
+    def names(self, *paths: str) -> List[str]:
+        """The names of the files that are listed at these paths, as they are stored."""
+        return [row.get("name", "") for path in paths for row in self.rows(path)]
 
     def settled(self, address: str) -> Row:
         """The prearchive's row of a session once nothing works on it, empty if it is gone."""
@@ -2157,7 +2157,7 @@ class Comparison:
                 there.update(images)
             if not count or count == len(images) and not other:
                 continue
-            names = self.xnat.names(mine)
+            names = self.xnat.names(*(scan.names_path for scan in mine))
             absent, sure = not_among(images, names)
             if len(absent) == len(images) < count:  # another program's names: the count tells
                 absent = []
