@@ -2594,13 +2594,6 @@ class Upload:
                                 "folder, or XNAT kept some twice")
 
 
-def rest_of(upload: Upload) -> Iterator[Outcome]:
-    """What a stop left undone: the sessions on their way, and those that it did not reach."""
-    yield from upload.active.values()
-    for session in upload.waiting:
-        yield Outcome(session, [Series(name, "") for name in session.series])
-
-
 def anew(session: Session, replacing: bool = False) -> str:
     """How to send all of a session again."""
     return f"to send it anew, add {again_for(session, replacing)}"
@@ -2884,7 +2877,9 @@ class Teller(Screen):
     def summary(self, upload: Upload, stop: Optional[Exception]) -> bool:
         """The end: what failed, how much is there, and what to do; whether all is there."""
         line, command, rest, halves = self.line, self.settings.command, [], []
-        for outcome in rest_of(upload):
+        not_reached = (Outcome(session, [Series(name, "") for name in session.series])
+                       for session in upload.waiting)
+        for outcome in itertools.chain(upload.active.values(), not_reached):
             outcome.trouble = Trouble("the run was stopped before this session was whole",
                                       "run again")
             for each in outcome.series:
