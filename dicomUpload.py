@@ -1455,23 +1455,23 @@ BUSY = "the server is busy"
 LATER = "run again later"
 MEANINGS = (
     # curl's exit statuses: what never came to an answer.
-    Meaning(r"exit [56]\b", "the server's or the proxy's name cannot be found",
+    Meaning(r"curl exit [56]\b", "the server's or the proxy's name cannot be found",
             "check URL, network and proxy settings", heals=True, gone=True),
-    Meaning(r"exit 7\b", "nothing answers there", "check URL, network, and whether XNAT is up",
+    Meaning(r"curl exit 7\b", "nothing answers there", "check URL, network, and whether XNAT is up",
             heals=True, gone=True),
-    Meaning(r"exit 28\b", "the connection went silent", "check the network, and see --timeout",
+    Meaning(r"curl exit 28\b", "the connection went silent", "check the network, and see --timeout",
             heals=True, gone=True, goes_on=True),
-    Meaning(r"exit 35\b", "no encrypted connection comes about",
+    Meaning(r"curl exit 35\b", "no encrypted connection comes about",
             "check https or http, and the port", heals=True, gone=True),
-    Meaning(r"exit (16|18|52|55|56|92|95|96)\b", "the connection broke", LATER,
+    Meaning(r"curl exit (16|18|52|55|56|92|95|96)\b", "the connection broke", LATER,
             heals=True, gone=True),
-    Meaning(r"exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is not "
-            "valid for this time or name", "check this machine's clock and the URL, then ask the "
-            "XNAT admin"),
-    Meaning(r"exit 60\b", "the server's certificate is not trusted",
+    Meaning(r"curl exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is "
+            "not valid for this time or name", "check this machine's clock and the URL, then ask "
+            "the XNAT admin"),
+    Meaning(r"curl exit 60\b", "the server's certificate is not trusted",
             "give your site's CA with --cacert FILE"),
-    Meaning(r"exit 77\b", "the CA file cannot be read", "check --cacert"),
-    Meaning("exit -", "curl was killed", "run again", heals=True, gone=True),
+    Meaning(r"curl exit 77\b", "the CA file cannot be read", "check --cacert"),
+    Meaning("curl exit -", "curl was killed", "run again", heals=True, gone=True),
     Meaning("curl exit", "curl failed", "run again"),
     # What lets us in nowhere.
     Meaning(r"HTTP (401|3.*/Login\.vm)", "login refused", "check USER and PASS (20 wrong ones lock "
