@@ -661,7 +661,7 @@ def has_changed(session: Session, series: List[Series], settings: Settings) -> b
                  for found in (series, again))
     if then != now or any(each.problems for each in again):
         return True
-    return any(new.time_ns != old.time_ns and old.sop and crc_of(after, new) != old.crc
+    return any(new.time_ns != old.time_ns and old.crc >= 0 and crc_of(after, new) != old.crc
                for before, after in zip(series, again)  # times alone are no change
                for old, new in zip(before.files, after.files))
 
