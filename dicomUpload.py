@@ -2038,7 +2038,7 @@ class Ledger:
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
         key, memory = (session.subject_label, session.label), Memory()
-        with self._lock, suppress(ValueError, KeyError, TypeError, OSError):
+        with self._lock, suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
             memory.parts = list(self._parts.get(key, []))
             if key in self._ended:
                 with open(self.path, "rb") as lines:
