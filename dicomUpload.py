@@ -902,9 +902,9 @@ def elements(data: bytes, at: int, size: int) -> Iterator[Tuple[int, int, int]]:
 class Programs:
     """The one place that starts programs. Nothing that it starts outlives this process."""
 
-    # A parent killed with -9 leaves its curl uploading. This shell reads the numbers of the
+    # A parent killed with -9 leaves its curl uploading. This shell reads the groups of the
     # running programs, a line each time they change; when the pipe closes it kills the last.
-    GUARD = 'trap "" HUP INT TERM; while read -r now; do pids=$now; done; kill -9 $pids'
+    GUARD = 'trap "" HUP INT TERM; while read -r now; do groups=$now; done; kill -9 $groups'
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
@@ -951,7 +951,7 @@ class Programs:
     def _tell_guard(self) -> None:
         with suppress(BrokenPipeError):  # somebody killed the guard: the uploads do not need it
             os.write(self._guard.stdin.fileno(),  # type: ignore[union-attr]
-                     " ".join(map(str, self._running)).encode() + b"\n")
+                     " ".join(f"-{pid}" for pid in self._running).encode() + b"\n")
 
     def guarded(self, work: Callable[..., Any], *given: Any) -> Any:
         """Work here, in a thread of a pool: what ends it, but a Trouble, stops the run at once."""
@@ -975,14 +975,20 @@ class Programs:
         with self._lock:
             self.stopping.set()
             for process in self._running.values():
-                with suppress(ProcessLookupError):  # before Python 3.10, if it ends just now
-                    process.kill()
+                kill(process)
 
     def close(self) -> None:
         """End everything, and let the guard go."""
         self.stop()
         self._guard.kill()
         self._guard.communicate()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a program, and what it has started, should it be a wrapper around the real one."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError, PermissionError):  # it ends just now
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def talk(process: subprocess.Popen[bytes], given: bytes, watch: Callable[[bytes], None]
@@ -1007,7 +1013,7 @@ def talk(process: subprocess.Popen[bytes], given: bytes, watch: Callable[[bytes]
                 watch(bytes(err[-200:]))
             process.wait()
         finally:
-            process.kill()  # if something came between
+            kill(process)  # if something came between
     return bytes(out), bytes(err)
 
 
