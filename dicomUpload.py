@@ -2093,27 +2093,23 @@ class Comparison:
         self.session = outcome.session
         self.series = outcome.series
         self.memory = memory
-        self.held: List[Scan] = []  # what the archive has of it, since compare()
         self.by_uid: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
         for each in self.series:
             for image in each.images:
                 self.by_uid[image.series].append((each, image))
 
-    def compare(self, waiting: Dict[str, Row]) -> List[str]:
-        """Mark the images that the server has; the prearchive addresses that wait for a commit.
-
-        Raises Trouble where sending more could only make it worse.
-        """
+    def compare(self, waiting: Dict[str, Row]) -> Tuple[List[str], List[Scan]]:
+        """Mark the images that the server has; the prearchive addresses that wait for a commit,
+        and what the archive has. Raises Trouble where sending more could only make it worse."""
         archived, study = self.contents.archived(self.session), self._study()
-        if archived:
-            self.held = self.xnat.scans(self.contents.path(self.session))
+        held = self.xnat.scans(self.contents.path(self.session)) if archived else []
         # Else a script of the site has changed the UIDs, and the ledger counts.
-        same_uids = not self.held or any(scan.uid in self.by_uid for scan in self.held if scan.uid)
+        same_uids = not held or any(scan.uid in self.by_uid for scan in held if scan.uid)
         if self.memory.study and not same_uids and archived.get("uid") not in ("", study):
             raise Trouble(f"XNAT's archive has another study under the label {self.session.label} "
                           "than the one that an earlier run saw there", "rename the session "
                           f"folder, or {anew(self.session, True)}")
-        there = self._among(self.held)
+        there = self._among(held)
         ours = self.memory.address in waiting
         found = [self.memory.address] if ours else []
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
@@ -2128,17 +2124,16 @@ class Comparison:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
                                  "it again")
         for each in self.series:
+            if archived or waiting and not ours:
+                self._recall(each, there, same_uids)
+            if ours or archived and not same_uids:
+                there.update(self.memory.sent(each))
             for image in each.images:
                 image.missing = image not in there
-            if archived or waiting and not ours:
-                self._recall(each, same_uids)
-            if ours or archived and not same_uids:
-                for image in self.memory.sent(each):
-                    image.missing = False
             each.there = sum(not image.missing for image in each.images)
             if each.images and each.there == len(each.images):
                 each.status = "already there"
-        return found
+        return found, held
 
     def _study(self) -> str:
         """Our Study UID."""
@@ -2159,9 +2154,10 @@ class Comparison:
             series = list(dict.fromkeys(each for each, _ in pairs))
             other = any(self.memory.of(each).number and not self.memory.of(each).is_of(
                 each.images, each) for each in series)  # than an earlier run has noted
-            if count == len(images) and not other:
+            as_many = count == len(images) and not other
+            if as_many:
                 there.update(images)
-            if not count or count == len(images) and not other:
+            if as_many or not count:
                 continue
             names = self.xnat.names(*(scan.names_path for scan in mine))
             absent, sure = not_among(images, names)
@@ -2198,30 +2194,28 @@ class Comparison:
             scans += self.xnat.scans(address)
         return scans
 
-    def _recall(self, series: Series, same_uids: bool) -> None:
-        """By what an earlier run has noted of a series that XNAT has: mark its images missing or
-        not, or fail it."""
+    def _recall(self, series: Series, there: Set[File], same_uids: bool) -> None:
+        """By what an earlier run has noted of a series that XNAT has: its images are there or
+        not, or it fails."""
         known, trouble = self.memory.of(series), None
         if not known.number or not series.images or series.problems:
             return
-        there = [image for image in series.images if not image.missing]
-        same = known.is_of(there or series.images, series)
+        found = [image for image in series.images if image in there]
+        same = known.is_of(found or series.images, series)
         if not same_uids and same:
-            for image in series.images:
-                image.missing = False
+            there.update(series.images)
         elif not same_uids:
             trouble = Trouble("has changed since it was sent, and XNAT has other UIDs: which "
                               "images are missing cannot be told", anew(self.session, True))
-        elif not there and same:
+        elif not found and same:
             trouble = Trouble("an earlier run saw it archived, and it is not there any more",
                               anew(self.session, True))
         # Times alone are no change. Where files were removed here, nothing can be said.
-        elif len(there) == known.number and known.listing != series.listing and not same:
+        elif len(found) == known.number and known.listing != series.listing and not same:
             trouble = Trouble("has changed since it was sent", "with --overwrite-files it replaces "
                               "what XNAT has")
-        if trouble and there and self.xnat.settings.overwrite_files:
-            for image in series.images:
-                image.missing = True
+        if trouble and found and self.xnat.settings.overwrite_files:
+            there.difference_update(series.images)
         elif trouble:
             series.problems.append(trouble)
 
@@ -2489,7 +2483,7 @@ class Upload:
             self.contents.check_label(session, series, waiting, known)
             if not settings.again:
                 comparison = Comparison(self.contents, outcome, known)
-                addresses, held = comparison.compare(waiting), comparison.held
+                addresses, held = comparison.compare(waiting)
         outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
         if settings.dry_run:
