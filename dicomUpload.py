@@ -2401,25 +2401,22 @@ class Upload:
 
     def go(self) -> None:
         """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
-        pool = ThreadPoolExecutor(self.at_a_time)
-        try:
-            jobs = {pool.submit(self.xnat.programs.guarded, self._work)
-                    for _ in range(self.at_a_time)}
-            while jobs:
-                done, jobs = wait(jobs, timeout=0.25, return_when=FIRST_EXCEPTION)
-                for job in done:
-                    job.result()
-                self.teller.check()
-                self.teller.progress()
-        except BaseException as end:
-            self.xnat.programs.stop()
-            why = (isinstance(end, Stopping) and self.xnat.programs.reason) or end
-            if isinstance(why, RuntimeError) and "new thread" in str(why):
-                raise Stop("this system starts no more threads: lower --procs")
-            raise why
-        finally:
-            pool.shutdown()
-            self.sender.close()
+        with closing(self.sender), ThreadPoolExecutor(self.at_a_time) as pool:
+            try:
+                jobs = {pool.submit(self.xnat.programs.guarded, self._work)
+                        for _ in range(self.at_a_time)}
+                while jobs:
+                    done, jobs = wait(jobs, timeout=0.25, return_when=FIRST_EXCEPTION)
+                    for job in done:
+                        job.result()
+                    self.teller.check()
+                    self.teller.progress()
+            except BaseException as end:
+                self.xnat.programs.stop()
+                why = (isinstance(end, Stopping) and self.xnat.programs.reason) or end
+                if isinstance(why, RuntimeError) and "new thread" in str(why):
+                    raise Stop("this system starts no more threads: lower --procs")
+                raise why
 
     def _work(self) -> None:
         """One session after another, while there are any."""
