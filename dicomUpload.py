@@ -3446,8 +3446,9 @@ def send_all(upload: Upload, teller: Teller) -> int:
             raise Stop(f"ROOTDIR {upload.settings.rootdir}: none of its files is DICOM: give the "
                        "folder that holds the subjects", WRONG_CALL)
     except (Stop, OSError) as end:
-        stop = end
-        teller.say(str(end))
+        why = upload.xnat.programs.reason
+        stop = why if isinstance(why, Misplaced) else end  # no ^C that comes after it may hide it
+        teller.say(str(stop))
     whole = teller.summary(upload, stop)
     if stop:
         return int(getattr(stop, "status", STOPPED))
