@@ -1235,7 +1235,7 @@ class Answer:
     def cookie(self) -> str:
         """A new server session where the old one had expired; not the guest's of a refusal."""
         found = re.search(r"(?im)^set-cookie: *JSESSIONID=([0-9A-Z._-]+)", self.headers)
-        return found[1] if found and self.status == 200 else ""
+        return found[1] if found and self.status in (200, 301) else ""  # 301: a commit's
 
     @property
     def is_html(self) -> bool:
