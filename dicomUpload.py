@@ -353,7 +353,8 @@ def walk(settings: Settings, tick: Callable[[Tree], None]) -> Tree:
         for name in names:
             path, series = os.path.join(folder, name), []  # type: str, List[str]
             label = Session(subject, name).label
-            claim(owners, "session", label, path)
+            if name:
+                claim(owners, "session", label, path)
             tree.labels.add(label)
             chosen = settings.chooses(subject, name)
             tree.idle -= settings.matching(subject, name)
