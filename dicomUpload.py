@@ -403,11 +403,6 @@ def lies_in(path: str, folder: str) -> bool:
     return real_path(path).startswith(real_path(folder))
 
 
-def overlap(real: str, others: List[str]) -> bool:
-    """Whether a folder is one of the others, or lies in one, or one in it."""
-    return any(real.startswith(each) or each.startswith(real) for each in others)
-
-
 def real_path(path: str) -> str:
     return os.path.join(os.path.realpath(path), "")
 
@@ -484,7 +479,7 @@ def list_files(series: Series) -> None:
     while entries or links:
         linked = not entries
         entry = heapq.heappop(links)[1] if linked else entries.pop()
-        name = entry.path[len(series.folder) + 1:]
+        name, real = entry.path[len(series.folder) + 1:], real_path(entry.path) if linked else ""
         try:
             if is_no_data(entry.name) and not PERHAPS_UNFINISHED.search(entry.name):
                 series.no_data.append(name)
@@ -498,10 +493,10 @@ def list_files(series: Series) -> None:
                 series.not_dicom.append(f"{name} (no regular file)")
             elif entry.is_symlink() and not linked:
                 heapq.heappush(links, (entry.path, entry))
-            elif linked and overlap(real_path(entry.path), read):
+            elif linked and any(real.startswith(each) or each.startswith(real) for each in read):
                 series.not_dicom.append(f"{name} (a link to a folder that is read already)")
             else:
-                read += [real_path(entry.path)] if linked else []
+                read += [real] if linked else []
                 entries += os.scandir(entry.path)
         except OSError as error:
             series.problems.append(unreadable(name, error))
