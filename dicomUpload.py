@@ -1482,7 +1482,7 @@ MEANINGS = (
             stops=True),
     Meaning("HTTP 3.*InactiveAccount", "the account is not active yet", "ask the XNAT admin",
             stops=True),
-    Meaning("HTTP 3.*(/app/template/|mfa|saml|oauth|openid|shibboleth|sso)",
+    Meaning(r"HTTP 3.*(/app/template/|\b(mfa|saml2?|oauth2?|openid|shibboleth|sso)\b)",
             "a second login stands before XNAT",
             "give an alias token as USER and PASS, or ask the XNAT admin", stops=True),
     Meaning("HTTP 3.., to (?!.*/data/archive/)", "the server has another address",
