@@ -1698,11 +1698,7 @@ class Xnat(Curl):
         Never twice at a time: after an answer that was lost it looks what has become of the
         session before it asks again. Raises Trouble.
         """
-        subject = self.settled(address).get("subject", session.subject_label)
-        if subject.lower() != session.subject_label.lower():  # somebody made it meanwhile
-            raise Trouble(f"the prearchive has it under subject {subject}, here it is subject "
-                          f"{session.subject_label} ({address})", "rename the folder, or delete "
-                          "that in the prearchive, then run again")
+        self._check_subject(session, address)
         query = {"action": "build" if self.settings.review else "commit",
                  "EXPT_LABEL": session.label}  # else rules of the site may give it another one
         if self.settings.overwrite_files:
@@ -1739,6 +1735,15 @@ class Xnat(Curl):
             answer = self.ask("GET", address + "/logs/last")
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
                       meaning_of(answer).to_do, refused=True)
+
+
+    def _check_subject(self, session: Session, address: str) -> None:
+        """Raises Trouble if another subject has got a session under our label meanwhile."""
+        subject = self.settled(address).get("subject", session.subject_label)
+        if subject.lower() != session.subject_label.lower():
+            raise Trouble(f"the prearchive has it under subject {subject}, here it is subject "
+                          f"{session.subject_label} ({address})", "rename the folder, or delete "
+                          "that in the prearchive, then run again")
 
 
 class Contents:
@@ -2495,7 +2500,7 @@ class Upload:
             if not outcome.address and not self.contents.archived(session, again=True):
                 raise Trouble(f"it is gone from the prearchive ({address}), and XNAT's archive "
                               "does not have it", "run again to send it again")
-        self._verify(outcome, images, [] if addresses else held)
+        verify(self.contents, outcome, [] if addresses else held)
         self.sender.ledger.add(
             "ended", session, where=outcome.where, path=outcome.address, files=outcome.files,
             whole=not outcome.failed(), study=outcome.study,
@@ -2544,47 +2549,48 @@ class Upload:
                          "to archive" if addresses and not stays else
                          "there" if outcome.files else "nothing to send")
         if outcome.where == "there":  # by the server's own count
-            self._verify(outcome, [image for each in series for image in each.images], held)
+            verify(self.contents, outcome, held)
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room(part.files) for part in self.sender.cut(series)])
 
-    def _verify(self, outcome: Outcome, images: List[File], held: List[Scan]) -> None:
-        """Compare the server's count of each series with ours, by Series UID; by the total where
-        a script has changed the UIDs. Too few fails the series, too many is worth a word. Where
-        nothing was sent, `held` is what the server has just counted."""
-        session, series = outcome.session, outcome.series
-        if not images:
-            outcome.where = "nothing to send"
-            return
-        path = outcome.address = outcome.address or self.contents.path(session)
-        outcome.where = "prearchived" if "/prearchive/" in path else "archived"
-        outcome.earlier, outcome.files = bool(held), len(images)
-        ours, theirs = Counter(image.series for image in images), Counter()  # type: Any, Any
-        scans = held or self.xnat.scans(path)
-        if outcome.where == "prearchived" and self.contents.archived(session):
-            scans += self.xnat.scans(self.contents.path(session))  # what is new waits
-        for scan in scans:
-            theirs[scan.uid] += scan.files
-        if set(ours) & set(theirs):
-            outcome.study = images[0].study
-        else:
-            ours, theirs = {"": len(images)}, Counter({"": sum(theirs.values())})
-        for uid, count in ours.items():
-            if theirs[uid] < count:
-                outcome.files -= count - theirs[uid]
-                trouble = Trouble(
-                    f"{outcome.where}, but XNAT counts {theirs[uid]} files where {count} should be",
-                    "compare it in XNAT with the folder (an import filter may drop some), or run "
-                    "again to send what is missing")
-                outcome.trouble = outcome.trouble if uid else trouble
-                for each in series:
-                    if any(image.series == uid for image in each.images):
-                        each.problems.append(trouble)
-            elif theirs[uid] > count:
-                self.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the "
-                                f"folder has {count}: the others are not in this "
-                                "folder, or XNAT kept some twice")
+
+def verify(contents: Contents, outcome: Outcome, held: List[Scan]) -> None:
+    """Compare the server's count of each series with ours, by Series UID; by the total where a
+    script has changed the UIDs. Too few fails the series, too many is worth a word. Where nothing
+    was sent, `held` is what the server has just counted."""
+    session, xnat = outcome.session, contents.xnat
+    images = [image for each in outcome.series for image in each.images]
+    if not images:
+        outcome.where = "nothing to send"
+        return
+    path = outcome.address = outcome.address or contents.path(session)
+    outcome.where = "prearchived" if "/prearchive/" in path else "archived"
+    outcome.earlier, outcome.files = bool(held), len(images)
+    ours, theirs = Counter(image.series for image in images), Counter()  # type: Any, Any
+    scans = held or xnat.scans(path)
+    if outcome.where == "prearchived" and contents.archived(session):
+        scans = scans + xnat.scans(contents.path(session))  # what is new waits
+    for scan in scans:
+        theirs[scan.uid] += scan.files
+    if set(ours) & set(theirs):
+        outcome.study = images[0].study
+    else:
+        ours, theirs = {"": len(images)}, Counter({"": sum(theirs.values())})
+    for uid, count in ours.items():
+        if theirs[uid] < count:
+            outcome.files -= count - theirs[uid]
+            trouble = Trouble(
+                f"{outcome.where}, but XNAT counts {theirs[uid]} files where {count} should be",
+                "compare it in XNAT with the folder (an import filter may drop some), or run "
+                "again to send what is missing")
+            outcome.trouble = outcome.trouble if uid else trouble
+            for each in outcome.series:
+                if any(image.series == uid for image in each.images):
+                    each.problems.append(trouble)
+        elif theirs[uid] > count:
+            xnat.teller.say(f"{session.label}: XNAT counts {theirs[uid]} files where the folder "
+                            f"has {count}: the others are not in this folder, or are there twice")
 
 
 def anew(session: Session, replacing: bool = False) -> str:
