@@ -1928,7 +1928,7 @@ class Memory:
         """What is known of a series, be it under another folder's name; before it is read, by
         its name."""
         known, uids = self.series.get(series.name, Known()), uids_of(series)
-        if uids in ("", known.uids):
+        if uids in ("", known.uids) or known.number and not known.uids:
             return known
         return next((each for each in self.series.values() if each.uids == uids), Known())
 

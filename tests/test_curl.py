@@ -4,6 +4,7 @@ Tables of bytes, as curl hands them over; then one curl for real, to see that it
 """
 
 import subprocess
+import time
 import unittest
 from typing import Any, List
 
@@ -74,6 +75,12 @@ class Answers(unittest.TestCase):
                 found = answers(out, 3, code)
                 self.assertEqual([(each.status, each.body, each.code) for each in found], wanted)
 
+    def test_an_answer_without_an_end_is_not_searched_for_long(self) -> None:
+        began = time.monotonic()
+        (found,) = answers(b"HTTP/1.1 200 OK\r\n\r\n" + b"200 x\n" * 20_000, 1, -9)
+        self.assertEqual((found.code, found.body), (-9, ""))
+        self.assertLess(time.monotonic() - began, 1)
+
     def test_curls_own_words_are_found_behind_its_progress(self) -> None:
         bars = b"\r##   4.0%\r#####  41.5%\ncurl: (56) Recv failure:\nConnection reset\n"
         self.assertEqual(answer(b"\n000", 56, bars).error, "Recv failure: Connection reset")
@@ -105,7 +112,8 @@ class Answers(unittest.TestCase):
 
     def test_a_cookie_is_taken_from_an_answer_that_let_us_in_only(self) -> None:
         for status, value, wanted in ((200, b"A1.node-2; Path=/", "A1.node-2"), (401, b"A1", ""),
-                                      (302, b"A1", ""), (200, b"\"x y\"", ""), (200, b"", "")):
+                                      (302, b"A1", ""), (301, b"A1", "A1"),
+                                      (200, b"\"x y\"", ""), (200, b"", "")):
             with self.subTest(status=status, value=value):
                 found = answer(b"HTTP/1.1 %d X\r\nSet-Cookie: JSESSIONID=%s\r\n\r\n\n%d"
                                % (status, value, status))

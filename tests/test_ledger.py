@@ -304,6 +304,16 @@ class WhatItSurvives(LedgerTest):
         self.torn(lambda lines: [lines[0], b'[]\nnull\n"x"\n17\n{"v": 2}\n\xff\xfe\n[[[[\n',
                                  b'{"v": 99, "event": "sent"}\n', lines[1]], posts=1)
 
+    def test_a_line_of_another_shape_is_one_less_to_believe(self) -> None:
+        self.tree()
+        with self.xnat() as server:
+            self.run_it(server, status=0, posts=2, commits=1)
+            for series in ("[]", "7", '{"A_0001": 7}', '{"A_0001": [1, 2, 3, 4, 5, 6, 7]}'):
+                self.ledger().write_bytes(re.sub(rb'"series": \{.*\}', b'"series": ' +
+                                                 series.encode(), self.ledger().read_bytes()))
+                self.stays_so(server)
+            self.assert_whole(server)
+
     def test_a_line_torn_at_the_end_of_a_whole_run_costs_nothing(self) -> None:
         self.tree()
         with self.xnat() as server:

@@ -83,6 +83,20 @@ class Programs(RunningTest):
             self.assert_whole(server)
             self.assert_alone()
 
+    @unittest.skipUnless(os.path.isdir("/proc/self"), "finds processes in /proc")
+    def test_a_curl_behind_a_wrapper_ends_with_the_run(self) -> None:
+        self.tree("007/pre/A_0001")
+        curl = need(self, "curl")
+        wrapped = self.shim("curl", f'{curl} "$@"; exit $?')  # the real one is its child
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with self.subTest(number), self.xnat() as server:
+                server.fail("stall", IMPORT, seconds=60)
+                process = self.start(self.arguments(server.url), wrapped)
+                self.assertTrue(server.wait_for(server.imports, 30))
+                process.send_signal(number)
+                process.communicate(timeout=10)
+                self.assert_alone()
+
     def test_a_zip_that_starts_late_gets_all_its_names(self) -> None:
         folder = self.root / "007/pre/A_0001"
         name = "n" * 190

@@ -472,6 +472,15 @@ class TheFolderWhileItIsSent(FaultTest):
     def test_a_file_that_changes_holds_its_session_back(self) -> None:
         self.held(lambda: self.tree("007/pre/A_0001", rows=24), 1)
 
+    def test_an_image_that_is_there_and_gets_another_time_holds_nothing_back(self) -> None:
+        self.tree("007/pre/A_0001")
+        path = self.root / "007/pre/A_0001/IM0001.dcm"
+        with self.xnat(reject=once(lambda: os.utime(path, (1, 1)), "B_0002")) as server:
+            self.run_it(server, status=0)
+            self.tree("007/pre/B_0002")
+            self.run_it(server, status=0, posts=1, commits=1)
+            self.assert_whole(server)
+
     def test_a_series_that_comes_holds_its_session_back(self) -> None:
         self.held(lambda: self.tree("007/pre/C_0003"), 1)
 

@@ -140,6 +140,17 @@ class Names(TreeTest):
                     self.assert_told(said, *words)
 
 
+    def test_a_folder_that_cannot_be_opened_takes_no_session_its_label(self) -> None:
+        self.need_held_root()
+        self.series("007/pre/T1")
+        self.series("007_pre/x/T1")
+        self.hold(self.root / "007_pre")
+        with self.xnat() as server:
+            ran = self.run_it(server, status=1, preexec=drop_root_rights)
+            self.assertEqual(set(server.archive), {("BRAIN", "007_pre")})
+            self.assertIn("007_pre: the folder cannot be read", ran.out)
+
+
 class Labels(TreeTest):
     """What XNAT is given for the names of folders."""
 
