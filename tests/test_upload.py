@@ -276,6 +276,22 @@ class OtherSignals(RunningTest):
 class Stops(RunningTest):
     """Ends that no signal brings."""
 
+    def test_no_signal_hides_that_the_data_went_into_another_project(self) -> None:
+        self.tree("007/pre/A_0001", "008/pre/A_0001")
+        slow = self.on_open("008/pre/A_0001", "open(os.environ['HOME'] + '/there', 'w').close()\n"
+                            "time.sleep(2)", "os.scandir")
+        with self.xnat() as server:
+            server.fail("other project", IMPORT)
+            process = self.start(self.arguments(server.url, "--nested"), slow)
+            self.assertTrue(server.wait_for(server.imports, 30))
+            self.assertTrue(until((self.home / "there").exists))
+            self.assertTrue(until(lambda: not self.processes("curl")))
+            process.send_signal(signal.SIGINT)  # while 008 is still being listed
+            ran = self.ended(process)
+            self.assertEqual(ran.status, 3, ran.text)
+            self.assertIn("do not run again", ran.text)
+            self.assertNotIn("the same command again", ran.text)
+
     def test_after_a_stop_the_halves_in_the_prearchive_are_named_and_each_series_has_a_row(
             self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001")
