@@ -1482,7 +1482,8 @@ MEANINGS = (
             stops=True),
     Meaning("HTTP 3.*InactiveAccount", "the account is not active yet", "ask the XNAT admin",
             stops=True),
-    Meaning(r"HTTP 3.*(/app/template/|\b(mfa|saml2?|oauth2?|openid|shibboleth|sso)\b)",
+    Meaning(r"HTTP 3.., to \w+://[^/]+/.*(app/template/|\b(mfa|saml2?|oauth2?|openid|"
+            r"shibboleth|sso)\b)",
             "a second login stands before XNAT",
             "give an alias token as USER and PASS, or ask the XNAT admin", stops=True),
     Meaning("HTTP 3.., to (?!.*/data/archive/)", "the server has another address",
@@ -1610,9 +1611,9 @@ class Xnat(Curl):
         first, second = self.ask_once(*urls)
         answer = self.get(urls[0], first)
         if answer.status == 404 and "/prearchive/" not in path:
-            raise Trouble(f"XNAT archived it, but does not show it to {self.settings.user} "
+            raise Trouble(f"it is archived, but XNAT does not show it to {self.settings.user} "
                           f"({answer.evidence}, {path})", "ask the project's owner (is it in "
-                          "quarantine, or its subject shared from another project?)")
+                          "quarantine, deleted, or its subject shared from another project?)")
         uids, rows = scan_uids(answer), table(second.json())
         found = []
         if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
@@ -1928,19 +1929,31 @@ class Memory:
         """What is known of a series, be it under another folder's name; before it is read, by
         its name."""
         known, uids = self.series.get(series.name, Known()), uids_of(series)
-        if uids in ("", known.uids) or known.number and not known.uids:
+        its = set(known.uids.split())  # an older ledger has none
+        if not uids or known.number and (not its or its & set(uids.split())):
             return known
-        return next((each for each in self.series.values() if each.uids == uids), Known())
+        same = [each for each in self.series.values() if each.uids == uids]
+        return next((each for each in same
+                     if len(same) == 1 or each.is_of(series.images, series)), Known())
+
+    def noted(self) -> Counter[str]:
+        """How many images an earlier run has noted, by UIDs: two folders may have the same."""
+        noted: Counter[str] = Counter()
+        for each in self.series.values():
+            noted[each.uids] += each.number
+        return noted
 
     def gone(self, series: List[Series]) -> List[str]:
         """Series whose images were sent from here, and are in no folder any more."""
         here = {each.name for each in series
                 if each.images or each.problems or each.status in ("left out", "copy")}
-        uids = {image.series for each in series for image in each.images}
+        images = Counter(image.series for each in series for image in each.images)
+        noted = self.noted()
         sent = {part["series"]: part["uid"] for part in self.parts}
         sent.update({name: each.uids for name, each in self.series.items() if each.number})
-        return [name for name, its in sent.items()
-                if not (self.elsewhere or name in here or its and set(its.split()) <= uids)]
+        return [] if self.elsewhere else [
+            name for name, uids in sent.items() if name not in here and not (
+                uids and max(1, noted[uids]) <= sum(images[uid] for uid in uids.split()))]
 
     def is_same(self, series: List[Series]) -> bool:
         """Whether the folder is what an earlier run verified, by names, sizes and times."""
@@ -1952,18 +1965,17 @@ class Memory:
         """Images of a series, as they are now, that were sent to `address`."""
         found: List[File] = []
         for part in self.parts:
+            if (part["series"], part["address"]) != (series.name, self.address):
+                continue
             images = [each for each in series.images if part["first"] <= each.name <= part["last"]]
-            if (part["series"], part["address"], part["files"]) == (
-                    series.name, self.address, part_fingerprint(images)):
+            if part["files"] == part_fingerprint(images):
                 found += images
         return found
 
     def renewed(self, series: List[Series]) -> Dict[str, Known]:
-        """What is to be remembered of these series from now on. Raises OSError."""
+        """What is to be remembered of these series from now on."""
         found = {}
         for each in series:
-            for image in self.sent(each):  # an earlier run knew what zip had computed
-                crc_of(each, image)
             by_crc = all(image.crc >= 0 for image in each.images)
             if not by_crc and self.of(each).listing == each.listing:  # its CRC-32s are still true
                 found[each.name] = self.of(each)
@@ -1971,7 +1983,8 @@ class Memory:
                 found[each.name] = Known(each.listing, images_fingerprint(each.images, by_crc),
                                          len(each.images), by_crc, uids_of(each))
         for name in self.gone(series):  # until --again
-            found[name] = self.series.get(name, Known(number=1))
+            uid = next((part["uid"] for part in self.parts if part["series"] == name), "")
+            found[name] = self.series.get(name, Known(number=1, uids=uid))
         return found
 
 
@@ -2004,6 +2017,7 @@ class Ledger:
         self._root = os.path.realpath(settings.rootdir)
         self._where = {"v": 2, "server": settings.url, "project": project}
         self._ended: Dict[Tuple[str, str], int] = {}  # where in the file
+        self._ended_here: Dict[Tuple[str, str], int] = {}  # of this ROOTDIR
         self._parts: Dict[Tuple[str, str], List[Dict[str, str]]] = defaultdict(list)
         self._lock = threading.Lock()
         self._end, raw, flags = 0, b"\n", os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -2030,16 +2044,17 @@ class Ledger:
         if line["event"] == "exclude":
             self.exclusions = set(map(str, line["names"]))
             return
-        key = line["subject"], line["session"]
+        key, here = (line["subject"], line["session"]), line["root"] == self._root
         if line["event"] == "gone":
             self.from_here.pop(line["session"], None)
         elif line["event"] == "sent":
-            names = "series", "first", "last", "files", "uid", "address"
+            names = "series", "first", "last", "files", "uid", "address", "root"
             self._parts[key].append({name: str(line[name]) for name in names})
         else:
             self._parts.pop(key, None)
             self._ended[key] = at
-        if line["event"] != "gone" and line["root"] == self._root:
+            self._ended_here.update({key: at} if here else {})
+        if line["event"] != "gone" and here:
             self.from_here[line["session"]] = Session(*map(str, line["folders"]))
 
     def of(self, session: Session) -> Memory:
@@ -2047,14 +2062,17 @@ class Ledger:
         key, memory = (session.subject_label, session.label), Memory()
         with self._lock, suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
             memory.parts = list(self._parts.get(key, []))
-            if key in self._ended:
+            memory.elsewhere = any(part["root"] != self._root for part in memory.parts)
+            at = self._ended_here.get(key, self._ended.get(key))
+            if at is not None:
                 with open(self.path, "rb") as lines:
-                    lines.seek(self._ended[key])
+                    lines.seek(at)
                     line = json.loads(lines.readline())
                 memory.series = {str(name): Known(*known) for name, known in line["series"].items()}
                 memory.path, memory.files = str(line["path"]), int(line["files"])
                 memory.ended, memory.whole = str(line["where"]), bool(line["whole"])
-                memory.study, memory.elsewhere = str(line["study"]), line["root"] != self._root
+                memory.elsewhere |= line["root"] != self._root
+                memory.study = str(line.get("study", ""))  # an older ledger has none
         return memory
 
     def add(self, event: str, session: Optional[Session] = None, **more: Any) -> None:
@@ -2125,10 +2143,13 @@ class Comparison:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
                                  "it again")
         for each in self.series:
+            sent = self.memory.sent(each)
+            for image in [] if self.xnat.settings.dry_run else sent:
+                crc_of(each, image)  # an earlier run knew what zip had computed
             if archived or waiting and not ours:
                 self._recall(each, there, same_uids)
             if ours or archived and not same_uids:
-                there.update(self.memory.sent(each))
+                there.update(sent)
             for image in each.images:
                 image.missing = image not in there
             each.there = sum(not image.missing for image in each.images)
@@ -2142,7 +2163,7 @@ class Comparison:
 
     def _among(self, scans: List[Scan]) -> Set[File]:
         """Our images among these: by Series UID and count, and by names where these differ."""
-        there: Set[File] = set()
+        there, noted = set(), self.memory.noted()  # type: Set[File], Counter[str]
 
         def is_noted(series: Series) -> bool:
             """Whether what is there of a series is what an earlier run has noted."""
@@ -2153,9 +2174,8 @@ class Comparison:
             mine = [scan for scan in scans if uid and scan.uid == uid]
             count, images = sum(scan.files for scan in mine), [image for _, image in pairs]
             series = list(dict.fromkeys(each for each, _ in pairs))
-            other = any(self.memory.of(each).number and not self.memory.of(each).is_of(
-                each.images, each) for each in series)  # than an earlier run has noted
-            as_many = count == len(images) and not other
+            # Where an earlier run has noted another number, as many are no proof.
+            as_many = count == len(images) and noted[uid] in (0, count)
             if as_many:
                 there.update(images)
             if as_many or not count:
@@ -2453,7 +2473,7 @@ class Upload:
                 # Names and numbers differ, and how a connection breaks is chance.
                 words = re.sub(r"\(curl .*|\S*[\d_./]\S*", "", refused[0].what)
                 self._refused = [each for each in self._refused if each == words] + [words]
-            elif passed or outcome.where in ("archived", "prearchived"):
+            elif passed or outcome.where in ("archived", "prearchived") and not outcome.earlier:
                 self._refused = []
             if len(self._refused) >= self.ALIKE:
                 raise Stop(f"{self.settings.url}: the server refuses everything ({self.ALIKE} "
@@ -2468,7 +2488,8 @@ class Upload:
         outcome.series = series = list_session(session, settings)
         known = self.sender.ledger.of(session)
         memory = Memory() if settings.again else known
-        if not settings.dry_run and self._is_known(outcome, memory):
+        waits = self._still_there(session, memory)
+        if not settings.dry_run and self._is_known(outcome, memory, waits):
             return
         with self.reading, self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
@@ -2485,7 +2506,7 @@ class Upload:
         outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
         if settings.dry_run:
-            self._foresee(outcome, addresses, held, memory)
+            self._foresee(outcome, addresses, [] if addresses else held, memory)
             return
         addresses = self.sender.send(outcome, addresses)
         outcome.where = "held back" if addresses else "failed"
@@ -2511,20 +2532,23 @@ class Upload:
         self.teller.has_read()
         self.xnat.programs.pause(0)
 
-    def _is_known(self, outcome: Outcome, memory: Memory) -> bool:
-        """Whether an earlier run has verified this very folder, and it is where that run saw it.
-
-        By names, sizes and times alone; no file is opened, and nobody is asked where the meeting
-        has told. Raises Trouble if somebody has deleted it there: it does not come back by itself.
-        """
-        session, where = outcome.session, memory.ended
-        archived = self.contents.archived(session)
+    def _still_there(self, session: Session, memory: Memory) -> bool:
+        """Whether a session that an earlier run left for review still waits for it. Raises Trouble
+        if somebody has deleted it, there or from the archive: it does not come back by itself."""
+        where, archived = memory.ended, self.contents.archived(session)
         waits = where == "prearchived" and self.contents.waits(session, memory.path)
-        reviewed = where == "prearchived" and not waits  # archived by a person: count it there
         if where in ("archived", "prearchived") and not (archived or waits or memory.parts):
             raise Trouble("an earlier run saw it archived, and it is not there any more" if
                           where == "archived" else "it was left for review, and is neither in the "
                           "prearchive nor in the archive any more", anew(session))
+        return waits
+
+    def _is_known(self, outcome: Outcome, memory: Memory, waits: bool) -> bool:
+        """Whether an earlier run has verified this very folder, and it is where that run saw it,
+        by names, sizes and times alone: no file is opened."""
+        session, where = outcome.session, memory.ended
+        archived = self.contents.archived(session)
+        reviewed = where == "prearchived" and not waits  # archived by a person: count it there
         other = archived and (
             archived.get("subject_label", "").lower() != session.subject_label.lower()
             or memory.study and archived.get("uid") not in ("", memory.study))
@@ -3044,9 +3068,10 @@ def alike(failures: List[Tuple[str, Trouble]]) -> Iterable[List[Tuple[str, Troub
 
 def remedy(same: List[Tuple[str, Trouble]]) -> str:
     """What to do about failures of one kind: the --only of each, up to fifty, in one call."""
-    only = dict.fromkeys(found[0] for _, trouble in same[:50]
-                         for found in ONLY.finditer(trouble.to_do))
-    return ONLY.sub(" ".join(only).replace("\\", r"\\"), same[0][1].to_do, count=1)
+    only = list(dict.fromkeys(found[0] for _, trouble in same
+                              for found in ONLY.finditer(trouble.to_do)))
+    words = " ".join(only[:50]).replace("\\", r"\\")
+    return ONLY.sub(words, same[0][1].to_do, count=1) + " (the first 50)" * (len(only) > 50)
 
 
 # Numbers and names in words

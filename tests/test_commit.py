@@ -202,7 +202,7 @@ ROWS = [
         headers=(("Content-Type", "text/html"),))), 0, 0, NEITHER, 1,
         "cannot be read .HTTP 200, a web page. | XNAT's own address", before=already_there),
     Row("a session in quarantine", ever(page(404, "Not there", where=COUNT)), 2, 1, BOTH, 1,
-        "XNAT archived it, but does not show it to alice .HTTP 404.* | the project's owner"),
+        "it is archived, but XNAT does not show it to alice .HTTP 404.* | the project's owner"),
     Row("snapshots are no images", None, 2, 1, BOTH, 0, "archived, 4 files verified",
         knobs={"snapshots": True}, beside=True),
 ]

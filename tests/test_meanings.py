@@ -172,6 +172,7 @@ class Refusal(unittest.TestCase):
                  "another address .HTTP 301, to https://login.example.org:8443/x.: give that one"),
                 (answer(0, 302, location=f"{url}{app}MfaVerify.vm"), True, "second login.*token"),
                 (answer(0, 302, location="https://idp.example.org/saml2/x"), True, "alias token"),
+                (answer(0, 301, location="https://sso.example.org/x"), True, "another address"),
                 (answer(0, 302, location="https://lessons.example.org/x"), True, "another address"),
                 (answer(0, 200, page + "<form>Login"), True, "web page.*XNAT's own address"),
                 (answer(0, 200, page), False, "HTTP 200, a web page.*XNAT's own address"),
