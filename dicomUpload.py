@@ -262,6 +262,7 @@ class Series:
     copies: List[str] = field(default_factory=list)  # name and of what
     problems: List[Trouble] = field(default_factory=list)  # nothing more of it may be sent
     there: int = 0  # images that are on the server
+    held: int = 0  # files of its Series UID there, by the server's last count
     sent: int = 0  # of these, by this run
     bytes: int = 0  # of these
     zipped: int = 0  # bytes that went over the line
@@ -1895,6 +1896,7 @@ class Known(NamedTuple):
     number: int = 0  # of them
     by_crc: bool = False  # whether `images` has their CRC-32s, which zip has computed
     uids: str = ""  # their Series UIDs
+    held: int = 0  # files that XNAT counted of it
 
     def is_of(self, images: List[File], series: Series) -> bool:
         """Whether these images of a series are the ones that were noted."""
@@ -1917,6 +1919,7 @@ class Memory:
     path: str = ""  # where that was counted
     files: int = 0  # so many
     whole: bool = False  # nothing was wrong with it
+    time_ns: int = 1 << 63  # when
     study: str = ""  # its Study UID, if XNAT had it under our UIDs
     elsewhere: bool = False  # it was sent from another ROOTDIR
     series: Dict[str, Known] = field(default_factory=dict)  # by the names of their folders
@@ -1978,10 +1981,10 @@ class Memory:
         for each in series:
             by_crc = all(image.crc >= 0 for image in each.images)
             if not by_crc and self.of(each).listing == each.listing:  # its CRC-32s are still true
-                found[each.name] = self.of(each)
+                found[each.name] = self.of(each)._replace(held=each.held)
             elif each.status != "left out":
                 found[each.name] = Known(each.listing, images_fingerprint(each.images, by_crc),
-                                         len(each.images), by_crc, uids_of(each))
+                                         len(each.images), by_crc, uids_of(each), each.held)
         for name in self.gone(series):  # until --again
             uid = next((part["uid"] for part in self.parts if part["series"] == name), "")
             found[name] = self.series.get(name, Known(number=1, uids=uid))
@@ -2072,7 +2075,8 @@ class Ledger:
                 memory.path, memory.files = str(line["path"]), int(line["files"])
                 memory.ended, memory.whole = str(line["where"]), bool(line["whole"])
                 memory.elsewhere |= line["root"] != self._root
-                memory.study = str(line.get("study", ""))  # an older ledger has none
+                memory.study = str(line.get("study", ""))  # an older ledger has neither
+                memory.time_ns = int(line.get("time_ns", memory.time_ns))
         return memory
 
     def add(self, event: str, session: Optional[Session] = None, **more: Any) -> None:
@@ -2112,6 +2116,7 @@ class Comparison:
         self.session = outcome.session
         self.series = outcome.series
         self.memory = memory
+        self.counts: Counter[str] = Counter()  # files that the server has, by Series UID
         self.by_uid: Dict[str, List[Tuple[Series, File]]] = defaultdict(list)
         for each in self.series:
             for image in each.images:
@@ -2173,6 +2178,7 @@ class Comparison:
         for uid, pairs in self.by_uid.items():
             mine = [scan for scan in scans if uid and scan.uid == uid]
             count, images = sum(scan.files for scan in mine), [image for _, image in pairs]
+            self.counts[uid] += count
             series = list(dict.fromkeys(each for each, _ in pairs))
             # Where an earlier run has noted another number, as many are no proof.
             as_many = count == len(images) and noted[uid] in (0, count)
@@ -2221,22 +2227,31 @@ class Comparison:
         known, trouble = self.memory.of(series), None
         if not known.number or not series.images or series.problems:
             return
-        found = [image for image in series.images if image in there]
-        same = known.is_of(found or series.images, series)
+        # Without what has come here from other folders; an older ledger has no UIDs.
+        images = [each for each in series.images
+                  if not known.uids or each.series in known.uids.split()]
+        found = [image for image in images if image in there]
+        same = known.is_of(found or images, series)
+        more, lost = len(found) - known.number, len(images) - len(found)
+        changed = known.listing != series.listing and not same and (
+            not more or more > 0 and known.held and more > self.counts[known.uids] - known.held
+            or more < 0 and any(image.time_ns > self.memory.time_ns for image in found))
         if not same_uids and same:
-            there.update(series.images)
+            there.update(images)
         elif not same_uids:
             trouble = Trouble("has changed since it was sent, and XNAT has other UIDs: which "
                               "images are missing cannot be told", anew(self.session, True))
-        elif not found and same:
-            trouble = Trouble("an earlier run saw it archived, and it is not there any more",
+        elif lost and known.is_of(images, series):
+            trouble = Trouble("an earlier run saw it archived, and " + (
+                f"{plural(lost, 'file')} of it" if found else "it") + " is not there any more",
                               anew(self.session, True))
-        # Times alone are no change. Where files were removed here, nothing can be said.
-        elif len(found) == known.number and known.listing != series.listing and not same:
+        # Times alone are no change, nor are files that were removed here, unless others are newer.
+        # More than can have come to the server since have taken the names of others.
+        elif changed:
             trouble = Trouble("has changed since it was sent", "with --overwrite-files it replaces "
                               "what XNAT has")
         if trouble and found and self.xnat.settings.overwrite_files:
-            there.difference_update(series.images)
+            there.difference_update(images)
         elif trouble:
             series.problems.append(trouble)
 
@@ -2498,7 +2513,7 @@ class Upload:
             self.teller.gone(session, name)
         addresses, held = [], []  # type: List[str], List[Scan]
         if images:
-            waiting = self.contents.waiting(session, known.address)
+            waiting = self.contents.waiting(session, known.address, known.path if waits else "")
             self.contents.check_label(session, series, waiting, known)
             if not settings.again:
                 comparison = Comparison(self.contents, outcome, known)
@@ -2515,6 +2530,7 @@ class Upload:
         if has_changed(session, series, settings):
             raise Trouble("its folder changed while it was sent", "run again when it is still")
         outcome.where = "not archived"
+        check_parts(memory, series, addresses)
         for address in addresses:
             with self.sender.slots, self.teller.at_work(f"archiving {session.label}"):
                 outcome.address = xnat.commit(session, address)
@@ -2524,7 +2540,7 @@ class Upload:
         verify(self.contents, outcome, [] if addresses else held)
         self.sender.ledger.add(
             "ended", session, where=outcome.where, path=outcome.address, files=outcome.files,
-            whole=not outcome.failed(), study=outcome.study,
+            whole=not outcome.failed(), study=outcome.study, time_ns=time.time_ns(),
             series=memory.renewed([each for each in series if not each.problems]))
 
     def _has_read(self) -> None:
@@ -2579,6 +2595,16 @@ class Upload:
                 zip_room(part.files) for part in self.sender.cut(series)])
 
 
+def check_parts(memory: Memory, series: List[Series], addresses: List[str]) -> None:
+    """Raises Trouble if what was sent of a series would be archived without the rest of it."""
+    here = {image.series for each in series for image in each.images}
+    lost = sorted({part["series"] for part in memory.parts
+                   if part["address"] in addresses and part["uid"] not in here})
+    if lost:
+        raise Trouble(f"some of {some(lost)} lies in the prearchive, and is gone or left out here",
+                      "put it back, or delete the session in XNAT's prearchive, then run again")
+
+
 def verify(contents: Contents, outcome: Outcome, held: List[Scan]) -> None:
     """Compare the server's count of each series with ours, by Series UID; by the total where a
     script has changed the UIDs. Too few fails the series, too many is worth a word. Where nothing
@@ -2597,6 +2623,8 @@ def verify(contents: Contents, outcome: Outcome, held: List[Scan]) -> None:
         scans = scans + xnat.scans(contents.path(session))  # what is new waits
     for scan in scans:
         theirs[scan.uid] += scan.files
+    for each in outcome.series:
+        each.held = theirs[uids_of(each)]
     if set(ours) & set(theirs):
         outcome.study = images[0].study
     else:

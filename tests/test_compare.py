@@ -10,12 +10,13 @@ import re
 import shlex
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, List, NamedTuple, Tuple
 
 from tests.dicom import digests, dicom_file, uid, write_series
-from tests.faults import once
+from tests.faults import IMPORT, once
 from tests.support import WHOLE, Ran, UploadTest, drop_root_rights, variation
 from tests.support import load_tests as load_tests  # side by side
 from tests.xnat_standin import Row, Standin, other_uid
@@ -559,11 +560,75 @@ class WhatTheLedgerKnows(CompareTest):
             self.run_once(server, status=1)
             lost.unlink()
             (self.root / "007" / ONE).rename(self.folder / "T1")
-            for _ in range(2):
+            for _ in range(2):  # its half of the session is not archived either
                 seen = self.run_once(server, status=1)
+                self.assertRegex(seen.ran.out, "007_pre: some of T1_0001 lies in the prearchive")
                 self.assertRegex(seen.ran.out, r"Gone \(1\):\n  007_pre T1_0001: earlier runs")
+                self.assertEqual(server.archive, {})
             (self.folder / "T1").rename(self.root / "007" / ONE)
+            self.assertEqual(self.run_once(server).sent, [])
+            self.whole(server)
+
+    def test_a_series_that_was_sent_in_part_and_is_left_out_then_is_not_archived_by_half(self
+                                                                                         ) -> None:
+        self.plant(ONE, TWO, files=4)
+        config = self.folder / "config.json"
+        config.write_text('{"Exclude": ["T2"]}')
+        with self.xnat() as server:
+            server.fail("error page", IMPORT, status=413, skip=3)
+            self.run_once(server, "--max-files", "2", "--procs", "1", status=1)
+            seen = self.run_once(server, "--config", str(config), status=1)
+            self.assertRegex(seen.ran.out, "007_pre: some of T2_0002 lies in the prearchive.*\n"
+                                           ".*delete the session in XNAT's prearchive, then run")
+            server.store.remove(server.prearchive[0])
+            self.run_once(server, "--config", str(config))
+            self.assertEqual(len(server.files("007_pre")), 4)
+
+    def test_a_new_image_under_the_name_of_one_that_is_there_is_told_after_any_removal(self
+                                                                                       ) -> None:
+        def later(name: str, instance: int) -> None:
+            """An image that was made after the last run."""
+            self.image(f"007/{ONE}", instance, name)
+            path = self.root / "007" / ONE / name
+            os.utime(path, ns=(time.time_ns() + 10 ** 9,) * 2)
+
+        for at_once in cases(False, True):
+            with self.subTest(at_once=at_once), self.xnat() as server:
+                self.plant(ONE, files=4)
+                self.run_once(server)
+                (self.root / "007" / ONE / "IM0004.dcm").unlink()
+                if at_once:
+                    later("IM0002.dcm", 9)
+                else:
+                    self.there(server)
+                    later("IM0004.dcm", 9)
+                for options in ((), ("--dry-run",)):
+                    self.told(server, "T1_0001: has changed since it was sent", *options)
+                self.run_once(server, "--overwrite-files")
+                self.there(server)
+                shutil.rmtree(self.root)
+                self.elsewhere()
+
+    def test_what_another_machine_has_added_meanwhile_is_there(self) -> None:
+        self.plant(ONE)
+        with self.xnat() as server:
+            self.run_once(server)
+            here = self.work
+            self.elsewhere()
+            self.image(f"007/{ONE}", 3)
+            self.run_once(server)
+            self.work = here
             self.there(server)
+
+    def test_single_files_that_somebody_deleted_do_not_come_back_by_themselves(self) -> None:
+        self.plant(ONE, files=4)
+        with self.xnat() as server:
+            self.run_once(server)
+            scan = server.archive["BRAIN", "007_pre"].scans["1"]
+            del scan["IM0002.dcm"]
+            os.utime(self.root / "007" / ONE / "IM0001.dcm", (1, 1))  # so that it is asked for
+            seen = self.told(server, "T1_0001: an earlier run saw it archived, and 1 file of it is")
+            self.run_once(server, *self.advice(seen.ran))
             self.whole(server)
 
     def test_a_session_that_was_sent_in_part_and_whose_folder_went_is_gone(self) -> None:
