@@ -292,6 +292,7 @@ class Outcome:
     files: int = 0  # of ours on the server, counted by it
     study: str = ""  # Study UID, if the server has it under our UIDs
     address: str = ""  # where it lies
+    joined: bool = False  # what lies there in the prearchive was not all sent by runs of ours
     earlier: bool = False  # an earlier run, or somebody else, had brought all of it there
     trouble: Optional[Trouble] = None  # of the session as a whole
     answered: threading.Event = field(default_factory=threading.Event)  # a part, by the server
@@ -1975,6 +1976,12 @@ class Memory:
                 found += images
         return found
 
+    def touched(self, series: List[Series]) -> Set[File]:
+        """Images in the place of some that were sent, and perhaps not the same."""
+        return {image for each in series for part in self.parts if part["series"] == each.name
+                for image in each.images if part["first"] <= image.name <= part["last"]
+                } - {image for each in series for image in self.sent(each)}
+
     def renewed(self, series: List[Series]) -> Dict[str, Known]:
         """What is to be remembered of these series from now on."""
         found = {}
@@ -2051,8 +2058,8 @@ class Ledger:
         if line["event"] == "gone":
             self.from_here.pop(line["session"], None)
         elif line["event"] == "sent":
-            names = "series", "first", "last", "files", "uid", "address", "root"
-            self._parts[key].append({name: str(line[name]) for name in names})
+            names = "series", "first", "last", "files", "uid", "address", "root", "joined"
+            self._parts[key].append({name: str(line[name] or "") for name in names})
         else:
             self._parts.pop(key, None)
             self._ended[key] = at
@@ -2113,6 +2120,7 @@ class Comparison:
     def __init__(self, contents: Contents, outcome: Outcome, memory: Memory) -> None:
         self.contents = contents
         self.xnat = contents.xnat
+        self.outcome = outcome
         self.session = outcome.session
         self.series = outcome.series
         self.memory = memory
@@ -2136,8 +2144,12 @@ class Comparison:
         there = self._among(held)
         ours = self.memory.address in waiting
         found = [self.memory.address] if ours else []
+        if ours and any(part["joined"] for part in self.memory.parts):
+            self.outcome.joined = True
+            there |= self._among(self._join({found[0]: waiting[found[0]]})) - self.memory.touched(
+                self.series)
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
-            found = list(waiting)
+            found, self.outcome.joined = list(waiting), True
             joined = self._among(self._join(waiting))
             if there & joined and not self.contents.replaces:
                 raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
@@ -2383,7 +2395,7 @@ class Sender:
                     self.xnat.post, session, series, len(part.files), zipped, moved)
             self.ledger.add("sent", session, series=series.name, first=part.files[0].name,
                             last=part.files[-1].name, files=part_fingerprint(part.files),
-                            uid=part.files[0].series, address=address)
+                            uid=part.files[0].series, address=address, joined=outcome.joined)
             moved(1.0)
         outcome.address = address
         outcome.answered.set()

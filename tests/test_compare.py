@@ -609,6 +609,33 @@ class WhatTheLedgerKnows(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    def test_what_another_tool_left_is_not_sent_again_after_our_half_was_held_back(self) -> None:
+        self.plant(ONE, TWO, files=4)
+        lost = self.root / "007" / TWO / "lost.dcm"
+        with self.xnat() as server:
+            self.other_tool(server, uid_name(uid("007", "pre")), "--review", "--only", "007/pre",
+                            only="T1_0001/IM000[12].dcm")
+            lost.symlink_to("nowhere")
+            seen = self.run_once(server, status=1)
+            self.assertEqual(seen.sent, [("007_pre", ["IM0003.dcm", "IM0004.dcm"])])
+            self.change(self.root / "007" / ONE / "IM0004.dcm", b"BB")
+            lost.unlink()
+            seen = self.run_once(server)
+            self.assertEqual(sum(len(names) for _, names in seen.sent), 6, seen.sent)
+            self.whole(server)
+
+    def test_what_waits_for_review_is_not_sent_again_after_a_part_was_held_back(self) -> None:
+        self.plant(ONE)
+        with self.xnat() as server:
+            self.run_once(server, "--review")
+            self.plant(TWO, "pre/T3_0003")
+            lost = self.root / "007/pre/T3_0003/lost.dcm"
+            lost.symlink_to("nowhere")
+            self.assertEqual(len(self.run_once(server, "--review", status=1).sent), 1)
+            lost.unlink()
+            self.assertEqual(len(self.run_once(server, "--review").sent), 1)
+            self.assertEqual(len(server.files("007_pre")), 6)
+
     def test_what_another_machine_has_added_meanwhile_is_there(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
