@@ -2135,13 +2135,12 @@ class Comparison:
         and what the archive has. Raises Trouble where sending more could only make it worse."""
         archived, study = self.contents.archived(self.session), self._study()
         held = self.xnat.scans(self.contents.path(self.session)) if archived else []
-        # Else a script of the site has changed the UIDs, and the ledger counts.
-        same_uids = not held or any(scan.uid in self.by_uid for scan in held if scan.uid)
-        if self.memory.study and not same_uids and archived.get("uid") not in ("", study):
+        if self.memory.study and not self._same_uids(held) and (
+                archived.get("uid") not in ("", study)):
             raise Trouble(f"XNAT's archive has another study under the label {self.session.label} "
                           "than the one that an earlier run saw there", "rename the session "
                           f"folder, or {anew(self.session, True)}")
-        there = self._among(held)
+        there, seen = self._among(held), held
         ours = self.memory.address in waiting
         found = [self.memory.address] if ours else []
         if ours and any(part["joined"] for part in self.memory.parts):
@@ -2150,7 +2149,8 @@ class Comparison:
                 self.series)
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
             found, self.outcome.joined = list(waiting), True
-            joined = self._among(self._join(waiting))
+            seen = held + self._join(waiting)
+            joined = self._among(seen[len(held):])
             if there & joined and not self.contents.replaces:
                 raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
                               "), and what is missing would join it",
@@ -2159,11 +2159,12 @@ class Comparison:
         if self.memory.address and not ours and not archived:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
                                  "it again")
+        same_uids = self._same_uids(seen)
         for each in self.series:
             sent = self.memory.sent(each)
             for image in [] if self.xnat.settings.dry_run else sent:
                 crc_of(each, image)  # an earlier run knew what zip had computed
-            if archived or waiting and not ours:
+            if archived or waiting and not ours and seen:
                 self._recall(each, there, same_uids)
             if ours or archived and not same_uids:
                 there.update(sent)
@@ -2173,6 +2174,11 @@ class Comparison:
             if each.images and each.there == len(each.images):
                 each.status = "already there"
         return found, held
+
+    def _same_uids(self, scans: List[Scan]) -> bool:
+        """Whether these may have our UIDs; else a script of the site has changed them, and the
+        ledger counts."""
+        return not scans or any(scan.uid in self.by_uid for scan in scans if scan.uid)
 
     def _study(self) -> str:
         """Our Study UID."""

@@ -636,6 +636,15 @@ class WhatTheLedgerKnows(CompareTest):
             self.assertEqual(len(self.run_once(server, "--review").sent), 1)
             self.assertEqual(len(server.files("007_pre")), 6)
 
+    def test_what_a_script_changed_waits_for_review_for_a_dry_run_too(self) -> None:
+        self.plant(ONE)
+        with self.xnat(site_script=("uids",)) as server:
+            self.run_once(server, project="MANUAL")
+            seen = self.run_once(server, "--dry-run", project="MANUAL")
+            self.assertRegex(seen.ran.out, "007_pre +in the prearchive, waiting for review")
+            self.image(f"007/{ONE}", 3)
+            self.told(server, "its UIDs changed by a script of the site", project="MANUAL")
+
     def test_what_another_machine_has_added_meanwhile_is_there(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
