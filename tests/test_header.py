@@ -406,7 +406,8 @@ class WhatPydicomSays(unittest.TestCase):
             sop_class, sop, study, series, index = theirs.get(name, ("", "", "", "", True))
             kind, why = "DICOM", CUT_HERE.get(name, "")
             if index and not sop_class:
-                kind = "other"  # no DICOM at all, or a DICOMDIR, which XNAT refuses
+                # No DICOM at all, a DICOMDIR, which XNAT refuses, or a DICOM file within a gzip.
+                kind = "packed" if name.endswith("zipMR.gz") else "other"
             elif not sop_class or not sop:
                 why = "has no SOP Instance UID" if sop_class else "has no SOP Class UID"
             with self.subTest(name):
