@@ -2251,9 +2251,10 @@ class Comparison:
         found = [image for image in images if image in there]
         same = known.is_of(found or images, series)
         more, lost = len(found) - known.number, len(images) - len(found)
-        changed = known.listing != series.listing and not same and (
-            not more or more > 0 and known.held and more > self.counts[known.uids] - known.held
-            or more < 0 and any(image.time_ns > self.memory.time_ns for image in found))
+        # More than can have come to the server since have taken the names of others.
+        taken = known.held and more > max(0, self.counts[known.uids] - known.held)
+        # Where files were removed here, nothing can be said of the others unless they are newer.
+        newer = more < 0 and any(image.time_ns > self.memory.time_ns for image in found)
         if not same_uids and same:
             there.update(images)
         elif not same_uids:
@@ -2263,9 +2264,8 @@ class Comparison:
             trouble = Trouble("an earlier run saw it archived, and " + (
                 f"{plural(lost, 'file')} of it" if found else "it") + " is not there any more",
                               anew(self.session, True))
-        # Times alone are no change, nor are files that were removed here, unless others are newer.
-        # More than can have come to the server since have taken the names of others.
-        elif changed:
+        # Times alone are no change.
+        elif (not more or taken or newer) and known.listing != series.listing and not same:
             trouble = Trouble("has changed since it was sent", "with --overwrite-files it replaces "
                               "what XNAT has")
         if trouble and found and self.xnat.settings.overwrite_files:

@@ -485,6 +485,15 @@ class SomethingIsNew(CompareTest):
 class WhatTheLedgerKnows(CompareTest):
     """It is never taken for proof that something is there; what it knows goes by UIDs."""
 
+    def held_back(self, server: Standin, *series: str) -> Seen:
+        """A run in which the last of these series has a link to nothing: the others are sent."""
+        self.plant(*series)
+        lost = self.root / "007" / series[-1] / "lost.dcm"
+        lost.symlink_to("nowhere")
+        seen = self.run_once(server, status=1)
+        lost.unlink()
+        return seen
+
     def test_an_image_that_came_after_another_went_is_sent_though_the_counts_are_equal(self
                                                                                        ) -> None:
         self.plant(ONE, TWO, files=4)
@@ -500,12 +509,8 @@ class WhatTheLedgerKnows(CompareTest):
             self.there(server)
 
     def test_what_an_earlier_run_sent_of_a_session_has_changed_when_its_bytes_have(self) -> None:
-        self.plant(ONE, TWO)
-        lost = self.root / "007" / TWO / "lost.dcm"
-        lost.symlink_to("nowhere")
         with self.xnat() as server:
-            self.run_once(server, status=1)
-            lost.unlink()
+            self.held_back(server, ONE, TWO)
             self.assertEqual(self.run_once(server).sent,
                              [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
             for path in (ONE, TWO):
@@ -553,12 +558,8 @@ class WhatTheLedgerKnows(CompareTest):
             self.told(server, "Gone .1.:\n  007_pre T2_0002", root=disk)
 
     def test_a_series_that_was_sent_and_went_before_its_session_was_whole_is_gone(self) -> None:
-        self.plant(ONE, TWO)
-        lost = self.root / "007" / TWO / "lost.dcm"
-        lost.symlink_to("nowhere")
         with self.xnat() as server:
-            self.run_once(server, status=1)
-            lost.unlink()
+            self.held_back(server, ONE, TWO)
             (self.root / "007" / ONE).rename(self.folder / "T1")
             for _ in range(2):  # its half of the session is not archived either
                 seen = self.run_once(server, status=1)
@@ -628,11 +629,7 @@ class WhatTheLedgerKnows(CompareTest):
         self.plant(ONE)
         with self.xnat() as server:
             self.run_once(server, "--review")
-            self.plant(TWO, "pre/T3_0003")
-            lost = self.root / "007/pre/T3_0003/lost.dcm"
-            lost.symlink_to("nowhere")
-            self.assertEqual(len(self.run_once(server, "--review", status=1).sent), 1)
-            lost.unlink()
+            self.assertEqual(len(self.held_back(server, TWO, "pre/T3_0003").sent), 1)
             self.assertEqual(len(self.run_once(server, "--review").sent), 1)
             self.assertEqual(len(server.files("007_pre")), 6)
 
@@ -668,12 +665,8 @@ class WhatTheLedgerKnows(CompareTest):
             self.whole(server)
 
     def test_a_session_that_was_sent_in_part_and_whose_folder_went_is_gone(self) -> None:
-        self.plant(ONE, "post/T1_0001")
-        lost = self.root / "007" / ONE / "lost.dcm"
-        self.image("007/pre/T2_0002", 1)
-        lost.symlink_to("nowhere")
         with self.xnat() as server:
-            self.run_once(server, status=1)
+            self.held_back(server, "post/T1_0001", TWO, ONE)
             shutil.rmtree(self.root / "007/pre")
             seen = self.told(server, r"Gone \(1\):\n  007_pre: earlier runs")
             self.run_once(server, *self.advice(seen.ran))
@@ -745,13 +738,9 @@ class WhatTheLedgerKnows(CompareTest):
 
     def test_what_changes_while_its_session_is_completed_is_not_taken_for_what_was_sent(self
                                                                                         ) -> None:
-        self.plant(ONE, TWO)
-        lost = self.root / "007" / TWO / "lost.dcm"
-        lost.symlink_to("nowhere")
         path = self.root / "007" / ONE / "IM0001.dcm"
         with self.xnat() as server:
-            self.run_once(server, status=1)
-            lost.unlink()
+            self.held_back(server, ONE, TWO)
             server.knobs.reject = once(lambda: self.change(path, b"BB"), "T2_0002")
             seen = self.run_once(server, status=1)
             self.assertIn("its folder changed while it was sent", seen.ran.out)
