@@ -129,6 +129,7 @@ class Orthanc:
         self.process.stderr.close()
 
     def answer(self, method: str, path: str, body: bytes = b"") -> Tuple[int, bytes]:
+        self.http.close()  # Orthanc ends a connection that has been idle for a second
         self.http.request(method, path, body)
         answer = self.http.getresponse()
         return answer.status, answer.read()
