@@ -1739,7 +1739,6 @@ class Xnat(Curl):
         raise Trouble(f"XNAT did not archive it ({answer.evidence}; {address} is {status})",
                       meaning_of(answer).to_do, refused=True)
 
-
     def _check_subject(self, session: Session, address: str) -> None:
         """Raises Trouble if another subject has got a session under our label meanwhile."""
         subject = self.settled(address).get("subject", session.subject_label)
@@ -1971,7 +1970,7 @@ class Memory:
         for part in self.parts:
             if (part["series"], part["address"]) != (series.name, self.address):
                 continue
-            images = [each for each in series.images if part["first"] <= each.name <= part["last"]]
+            images = images_in(part, series)
             if part["files"] == part_fingerprint(images):
                 found += images
         return found
@@ -1979,7 +1978,7 @@ class Memory:
     def touched(self, series: List[Series]) -> Set[File]:
         """Images in the place of some that were sent, and perhaps not the same."""
         return {image for each in series for part in self.parts if part["series"] == each.name
-                for image in each.images if part["first"] <= image.name <= part["last"]
+                for image in images_in(part, each)
                 } - {image for each in series for image in self.sent(each)}
 
     def renewed(self, series: List[Series]) -> Dict[str, Known]:
@@ -2001,6 +2000,11 @@ class Memory:
 def uids_of(series: Series) -> str:
     """The Series UIDs of its images: one, nearly always."""
     return " ".join(sorted({image.series for image in series.images}))
+
+
+def images_in(part: Dict[str, str], series: Series) -> List[File]:
+    """Images of a series whose names stand where those of a part do."""
+    return [each for each in series.images if part["first"] <= each.name <= part["last"]]
 
 
 def part_fingerprint(images: List[File]) -> str:
@@ -2063,7 +2067,8 @@ class Ledger:
         else:
             self._parts.pop(key, None)
             self._ended[key] = at
-            self._ended_here.update({key: at} if here else {})
+            if here:
+                self._ended_here[key] = at
         if line["event"] != "gone" and here:
             self.from_here[line["session"]] = Session(*map(str, line["folders"]))
 
@@ -2149,8 +2154,8 @@ class Comparison:
                 self.series)
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
             found, self.outcome.joined = list(waiting), True
-            seen = held + self._join(waiting)
-            joined = self._among(seen[len(held):])
+            scans = self._join(waiting)
+            seen, joined = held + scans, self._among(scans)
             if there & joined and not self.contents.replaces:
                 raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
                               "), and what is missing would join it",
@@ -2526,16 +2531,14 @@ class Upload:
             return
         with self.reading, self.teller.at_work(f"reading {session.label}"):
             read_session(series, self._has_read)
-        images = [image for each in series for image in each.images]
         for name in memory.gone(series):
             self.teller.gone(session, name)
         addresses, held = [], []  # type: List[str], List[Scan]
-        if images:
+        if any(each.images for each in series):
             waiting = self.contents.waiting(session, known.address, known.path if waits else "")
             self.contents.check_label(session, series, waiting, known)
             if not settings.again:
-                comparison = Comparison(self.contents, outcome, known)
-                addresses, held = comparison.compare(waiting)
+                addresses, held = Comparison(self.contents, outcome, known).compare(waiting)
         outcome.address = "".join(addresses[-1:])
         self.teller.plans(series)
         if settings.dry_run:
@@ -3116,8 +3119,8 @@ def remedy(same: List[Tuple[str, Trouble]]) -> str:
     """What to do about failures of one kind: the --only of each, up to fifty, in one call."""
     only = list(dict.fromkeys(found[0] for _, trouble in same
                               for found in ONLY.finditer(trouble.to_do)))
-    words = " ".join(only[:50]).replace("\\", r"\\")
-    return ONLY.sub(words, same[0][1].to_do, count=1) + " (the first 50)" * (len(only) > 50)
+    words = ONLY.sub(lambda _: " ".join(only[:50]), same[0][1].to_do, count=1)
+    return words + " (the first 50)" * (len(only) > 50)
 
 
 # Numbers and names in words

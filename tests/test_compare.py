@@ -524,9 +524,6 @@ class WhatTheLedgerKnows(CompareTest):
         with self.xnat() as server:
             self.run_once(server)
             server.store.archive.clear()
-            self.plant(ONE, root=self.folder / "other")
-            for path in (self.folder / "other").rglob("*.dcm"):
-                path.unlink()
             write_series(self.folder / "other/007" / ONE, study="1.2.3", number=1, files=2)
             other = self.arguments(server.url, "--workdir", str(self.folder / "w"),
                                    root=self.folder / "other")
