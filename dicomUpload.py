@@ -1141,7 +1141,8 @@ def check_zip(target: str, files: List[File]) -> None:
 
 class Level:
     """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
-    run has measured. While zips wait for the line, packing is behind them and costs nothing."""
+    run has measured. While zips wait for the line, packing is behind them and costs nothing, as
+    far as the processors are not at work on these too."""
 
     KEPT = 0.7  # of what was measured before: a line that changes is followed within a few parts
 
@@ -1172,11 +1173,13 @@ class Level:
     def _sooner(self, count: int) -> int:
         if "posting" not in self._sums:
             return min(1, self.used[0])  # the first one leaves at once; then smaller is safer
-        posting = self._pace("posting")
+        posting, storing = self._pace("posting"), self._pace("packing 0")
         wait = posting * sum(self._going["waiting"])
         shared = count + sum(self._going["packing"])
-        quick = shared * self._pace("packing 0")
-        slow = shared * self._pace("packing 1", 4 * self._pace("packing 0"))
+        # To post a byte takes a processor about as long as to pack it at level 0 does.
+        busy = storing * sum(self._going["waiting"])
+        quick = busy + shared * storing
+        slow = busy + shared * self._pace("packing 1", 4 * storing)
         stored = max(wait, quick) + posting * shared
         zipped = max(wait, slow) + posting * shared * self._pace("zipped 1", 0.5)
         look = sum(self.used.values()) % 16 == 0 and slow < wait  # for nothing: do they shrink now?

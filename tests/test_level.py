@@ -3,6 +3,7 @@
 A machine of numbers stands for the real one: zips share its cores, POSTs its line.
 """
 
+import contextlib
 import itertools
 import unittest
 from typing import Any, Iterator, List, NamedTuple
@@ -22,6 +23,7 @@ class Machine(NamedTuple):
     procs: int = 4
     part: int = 4             # MB, in the mean: from half to one and a half, as series differ
     zips: Any = (600.0, 50.0)  # MB a second that one core takes at level 0, at level 1
+    posts: float = 1e6        # MB a second that one core puts on the line
 
 
 class Run:
@@ -69,10 +71,16 @@ class Run:
 
     def _speed(self, part: int, going: List[int]) -> float:
         machine, at = self.machine, self._at[part]
-        alike = sum(self._at[each] == at for each in going)
-        if at == "packing":
-            return machine.zips[self.levels[part]] * min(1, machine.cores / alike)
-        return of(machine.line, part) / alike if at == "on the line" else 1
+        if at == "importing":
+            return 1
+        posting, packing = (sum(self._at[each] == what for each in going)
+                            for what in ("on the line", "packing"))
+        even = min(1, machine.cores / (posting + packing))  # of a core, for each
+        need = min(1.0, of(machine.line, part) / machine.posts / max(1, posting))
+        if at == "packing":  # what the others leave
+            return machine.zips[self.levels[part]] * min(
+                1, max(even, (machine.cores - posting * need) / packing))
+        return machine.posts * min(need, max(even, (machine.cores - packing) / posting))
 
     def _part(self, part: int) -> Iterator[None]:
         machine, megabytes = self.machine, self.machine.part * (0.5 + part * 37 % 101 / 100)
@@ -124,6 +132,22 @@ class LevelTest(unittest.TestCase):
         machine = Machine(100)
         better = min(Run(machine, level).seconds for level in (0, 1))
         self.assertLess(Run(machine).seconds, 0.85 * better)
+
+    def test_packing_is_not_free_while_all_wait_for_the_processors_and_not_for_the_line(
+            self) -> None:
+        # Seconds that a GB took on two cores: at level 0, at level 1, on the line; what to do
+        # while seven zips wait.
+        for storing, zipping, posting, wanted in ((4.3, 11.3, 4.9, 0), (3.3, 14.0, 4.3, 0),
+                                                  (3.3, 12.0, 8.6, 1), (0.5, 12.0, 4.3, 1)):
+            level = Level(AUTO, patience=0)
+            level.choose(MB)
+            for what, value in (("packing 0", storing), ("packing 1", zipping),
+                                ("zipped 1", 470 * MB), ("posting", posting)):
+                level.learn(what, value, 1000 * MB)
+            with contextlib.ExitStack() as waiting:
+                for _ in range(7):
+                    waiting.enter_context(level.at("waiting", 4 * MB))
+                self.assertEqual(level.choose(4 * MB), wanted, (storing, posting))
 
     def test_on_a_slow_line_all_but_the_first_part_take_1_and_it_does_not_flutter(self) -> None:
         for line in (1, 2.5, 12.5):
