@@ -1543,6 +1543,8 @@ def meaning_of(answer: Answer) -> Meaning:
 # ---- xnat ----------------------------------------------------------------------------------
 
 BUILD_INFO = "/xapi/siteConfig/buildInfo"
+# Without a dataType: the projects that one may upload sessions to (PermissionsProjectHandler).
+EDITABLE = "/data/projects?permissions=edit&format=json"
 ADDRESS = re.compile(r"/data/prearchive/projects/([^/\s]+)/[^/\s]+/([^/\s]+)$")
 
 
@@ -1560,37 +1562,35 @@ class Xnat(Curl):
     version = ""  # until Contents has asked for it
 
     def meet(self) -> None:
-        """Log in once and check the project, before any byte. Raises Stop(3) with the reason.
-
-        XNAT itself refuses none of this at import: a wrong project gives 200, and the data goes
-        into another one or to Unassigned (GradualDicomImporter).
-        """
+        """Log in, once. Raises Stop(3) with the reason."""
         answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
         if answer.status != 200:
             raise self.stop_for(answer)
         if not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
             raise Stop(f"{self.settings.url}: no login came back: is this XNAT's own address?")
-        self.cookie, user = answer.body.strip(), self.settings.user
-        self.project = self.settings.project
-        urls = [self.path() + "?format=json",
-                # Without a dataType: of those that may upload sessions (PermissionsProjectHandler).
-                "/data/projects?permissions=edit&format=json"]
+        self.cookie, self.project = answer.body.strip(), self.settings.project
+
+    def check_project(self, told: Answer, editable: Answer) -> None:
+        """Take the project's real ID, and see that we may add to it, by what it told of itself and
+        of the EDITABLE ones. Raises Stop(3) with the reason.
+
+        XNAT itself refuses none of this at import: a wrong project gives 200, and the data goes
+        into another one or to Unassigned (GradualDicomImporter).
+        """
+        given, user = self.settings.project, self.settings.user
         try:
-            first, second = self.ask_once(*urls)
-            found = self.get(urls[0], first)
+            found = self.get(self.path() + "?format=json", told)
             if found.status == 404:
                 raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
-            # An alias may have been given.
-            self.project = str(found.json()["items"][0]["data_fields"]["ID"])
-            editable = rows_of(self.get(urls[1], second))
-            if self.project not in [row.get("id") for row in editable]:
+            self.project = str(found.json()["items"][0]["data_fields"]["ID"])  # of an alias, too
+            if self.project not in [row.get("id") for row in rows_of(self.get(EDITABLE, editable))]:
                 raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
                               f"{user} a member")
         except Trouble as trouble:
-            raise Stop(f"project {self.settings.project}: {trouble}")
+            raise Stop(f"project {given}: {trouble}")
         except (KeyError, IndexError, TypeError):
-            raise Stop(f"project {self.settings.project}: the server does not tell its ID: is this "
-                       "XNAT's own address?")
+            raise Stop(f"project {given}: the server does not tell its ID: is this XNAT's own "
+                       "address?")
 
     def path(self, *more: str) -> str:
         """The project's path, or that of something in it."""
@@ -1758,13 +1758,15 @@ class Contents:
     """
 
     def __init__(self, xnat: Xnat, sessions: Sequence[Session]) -> None:
+        """All in one go, before any byte. Raises Stop(3) if the project cannot be added to."""
         self.xnat = xnat
-        self._list = xnat.path().replace("/data/", "/data/prearchive/")
-        archive = "/data/experiments?" + urlencode({
-            "project": xnat.project, "xsiType": "xnat:imageSessionData",
-            "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
-        info, code, listed, waiting = (answer.json() for answer in xnat.ask_once(
-            BUILD_INFO, xnat.path("prearchive_code"), archive, self._list + "?format=json"))
+        told, editable, *answers = xnat.ask_once(xnat.path() + "?format=json", EDITABLE,
+                                                 *self._urls())
+        xnat.check_project(told, editable)
+        # An alias may have been given; and a hiccup must not look like a server that tells nothing.
+        if xnat.project != xnat.settings.project or any(meaning_of(each).heals for each in answers):
+            answers = xnat.ask_once(*self._urls())
+        info, code, listed, waiting = (answer.json() for answer in answers)
         # Without a version the series of a session go one by one.
         xnat.version = str(info.get("version", "")) if isinstance(info, dict) else ""
         # Whether XNAT replaces files that it has (PrearchiveCode.AutoArchiveOverwrite).
@@ -1783,11 +1785,22 @@ class Contents:
             if row.get("name") in labels:
                 self._prearchive[row["name"]].append(address_of(row))
 
+    def _urls(self) -> List[str]:
+        """Where XNAT tells its version, what it does with a commit, and what it holds."""
+        archive = "/data/experiments?" + urlencode({
+            "project": self.xnat.project, "xsiType": "xnat:imageSessionData",
+            "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
+        return [BUILD_INFO, self.xnat.path("prearchive_code"), archive,
+                self._prearchive_path() + "?format=json"]
+
+    def _prearchive_path(self) -> str:
+        return self.xnat.path().replace("/data/", "/data/prearchive/")
+
     def _listed(self, rows: Optional[List[Row]] = None) -> List[Row]:
         """The prearchive's listing; a hiccup must not look like an empty prearchive."""
         if rows is None:
             with suppress(Trouble):  # not every user may see it
-                rows = self.xnat.rows(self._list)
+                rows = self.xnat.rows(self._prearchive_path())
         return rows or []
 
     def archived(self, session: Session, again: bool = False) -> Row:

@@ -16,6 +16,7 @@ from tests.faults import (AGAIN, BOTH, COMMIT, HEALING, HELD, JSON_PAGE, NEITHER
                           Row, TableTest, add_rows, ever, import_by_hand, late, on, once, page,
                           proxy, rows_of)
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
+from tests.support import slow, variation
 from tests.xnat_standin import Fault, Session, Standin
 from tests.xnat_standin import Row as Waiting
 
@@ -286,6 +287,7 @@ class Counts(FaultTest):
             self.run_it(server, "--again", status=0, posts=2, project="MANUAL")
             self.assert_whole(server, archived=False)
 
+    @variation
     def test_a_series_that_is_short_is_told_when_overwriting(self) -> None:
         self.tree(A)
         with self.xnat(**FILTER) as server:
@@ -400,6 +402,7 @@ class SessionsThatGoOn(FaultTest):
                 self.assert_whole(server)
                 self.stays_so(server)
 
+    @variation
     def test_a_series_that_others_archived_is_merged_with_and_only_ours_is_counted(self) -> None:
         self.tree(C, files=3)
         with self.xnat() as server:
@@ -419,6 +422,7 @@ class SessionsThatGoOn(FaultTest):
                     "--retries", "0", status=1, commits=len(faults) - 1 or -1)
         server.faults.clear()
 
+    @variation
     def test_a_session_that_others_left_receiving_is_joined_and_committed_once(self) -> None:
         self.tree(A, B, C)
         with self.xnat() as server:
@@ -443,6 +447,7 @@ class SessionsThatGoOn(FaultTest):
                 self.assert_whole(server)
                 shutil.rmtree(str(self.work))
 
+    @variation
     def test_a_series_that_others_left_in_the_prearchive_is_archived_with_ours(self) -> None:
         self.tree(C, files=3)
         with self.xnat() as server:
@@ -454,6 +459,7 @@ class SessionsThatGoOn(FaultTest):
             self.stays_so(server, *config)
             self.assert_whole(server)
 
+    @variation
     def test_what_lands_beside_an_archived_session_is_named_and_left_alone(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -483,6 +489,7 @@ class SessionsThatGoOn(FaultTest):
         (row,) = server.prearchive
         return row
 
+    @variation
     def test_what_its_reviewer_has_archived_is_archived(self) -> None:
         with self.xnat() as server:
             server.store.commit(self.left_for_review(server), archive=True, overwrite=False)
@@ -491,6 +498,7 @@ class SessionsThatGoOn(FaultTest):
             self.stays_so(server, project="MANUAL")
             self.assert_whole(server)
 
+    @variation
     def test_what_its_reviewer_has_deleted_is_told_and_sent_anew_with_again(self) -> None:
         with self.xnat() as server:
             server.store.remove(self.left_for_review(server))
@@ -500,6 +508,7 @@ class SessionsThatGoOn(FaultTest):
                         project="MANUAL")
             self.assert_whole(server, archived=False)
 
+    @variation
     def test_what_somebody_has_deleted_from_the_archive_is_told_and_sent_anew_with_again(
             self) -> None:
         self.tree()
@@ -540,6 +549,7 @@ class SessionsThatGoOn(FaultTest):
             self.run_it(server, status=0, posts=1, commits=1, words="archived, 2 files verified")
             self.in_other_case(server, 2)
 
+    @slow
     def test_a_commit_that_an_earlier_run_left_going_is_waited_for_and_that_is_said(self) -> None:
         self.tree()
         with self.xnat() as server:

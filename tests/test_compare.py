@@ -622,6 +622,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.assertEqual(sum(len(names) for _, names in seen.sent), 6, seen.sent)
             self.whole(server)
 
+    @variation
     def test_what_waits_for_review_is_not_sent_again_after_a_part_was_held_back(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
@@ -630,6 +631,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.assertEqual(len(self.run_once(server, "--review").sent), 1)
             self.assertEqual(len(server.files("007_pre")), 6)
 
+    @variation
     def test_what_a_script_changed_waits_for_review_for_a_dry_run_too(self) -> None:
         self.plant(ONE)
         with self.xnat(site_script=("uids",)) as server:
@@ -1317,6 +1319,7 @@ class TooFew(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_in_the_prearchive_too(self) -> None:
         self.plant(ONE, TWO, files=3)
         with self.xnat() as server:

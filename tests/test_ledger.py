@@ -8,7 +8,7 @@ import unittest
 from typing import Callable, List
 
 from tests.faults import COMMIT, HELD, IMPORT, THERE, FaultTest
-from tests.support import drop_root_rights
+from tests.support import drop_root_rights, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -43,6 +43,7 @@ class WhatItSpares(LedgerTest):
             self.assertEqual([each for each in server.requests[before:] if "007" in each.path], [])
             self.assert_whole(server)
 
+    @variation
     def test_a_session_held_back_is_completed_by_the_next_run(self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001")
         with self.xnat() as server:
@@ -63,6 +64,7 @@ class WhatItSpares(LedgerTest):
             self.run_it(server, status=0, posts=0, commits=1)
             self.assert_whole(server)
 
+    @variation
     def test_what_was_sent_and_deleted_in_the_prearchive_is_sent_again(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -81,6 +83,7 @@ class WhatItSpares(LedgerTest):
             self.assert_whole(server)
             self.stays_so(server)
 
+    @variation
     def test_a_new_series_in_an_archived_session_is_merged(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -90,6 +93,7 @@ class WhatItSpares(LedgerTest):
             self.assert_whole(server)
             self.stays_so(server)
 
+    @variation
     def test_a_changed_file_in_an_archived_series_is_told_and_overwritten_on_demand(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -243,6 +247,7 @@ class WhatIsGone(LedgerTest):
 
 class WithoutIt(LedgerTest):
 
+    @variation
     def test_what_waits_in_the_prearchive_is_joined_and_what_is_archived_is_there(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -294,12 +299,15 @@ class WhatItSurvives(LedgerTest):
     def test_a_torn_line_in_the_middle_loses_only_itself(self) -> None:
         self.torn(lambda lines: [lines[0][:len(lines[0]) // 2] + b"\n", lines[1]], posts=2)
 
+    @variation
     def test_a_lost_newline_at_the_end_costs_nothing(self) -> None:
         self.torn(lambda lines: [lines[0], lines[1].rstrip()], posts=1)
 
+    @variation
     def test_zeros_at_the_end_as_after_a_power_cut_cost_nothing(self) -> None:
         self.torn(lambda lines: [*lines, b"\0" * 4096], posts=1)
 
+    @variation
     def test_lines_that_mean_nothing_do_no_harm(self) -> None:
         self.torn(lambda lines: [lines[0], b'[]\nnull\n"x"\n17\n{"v": 2}\n\xff\xfe\n[[[[\n',
                                  b'{"v": 99, "event": "sent"}\n', lines[1]], posts=1)
@@ -314,6 +322,7 @@ class WhatItSurvives(LedgerTest):
                 self.stays_so(server)
             self.assert_whole(server)
 
+    @variation
     def test_a_line_torn_at_the_end_of_a_whole_run_costs_nothing(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -372,12 +381,14 @@ class WhereItCannotBeWritten(LedgerTest):
     def test_a_full_disk_under_the_ledger_stops_the_run_after_one_part(self) -> None:
         self.full_disk(0, 0, posts=1)
 
+    @variation
     def test_a_disk_that_fills_after_the_first_line_stops_the_run(self) -> None:
         self.full_disk(1, 0, posts=2)
 
     def test_a_disk_that_fills_in_the_middle_of_a_line_stops_the_run(self) -> None:
         self.full_disk(1, 100, posts=2)
 
+    @variation
     def test_a_disk_that_fills_in_the_last_line_stops_the_run(self) -> None:
         self.full_disk(2, 100, posts=2, archived=1)
 

@@ -182,6 +182,7 @@ class Pasted(ManyRuns):
                 "SCRIPT": str(SCRIPT), "ROOTDIR": str(self.root),
                 "WORK": str(self.folder / "up load"), **more}
 
+    @variation
     def test_a_slurm_array_sends_everything_once(self) -> None:
         script = self.paste("upload.slurm")
         (self.home / ".netrc").write_text("machine 127.0.0.1 login alice password s3cret\n")
@@ -298,6 +299,7 @@ class AnIndexedJob(Containers):
         words += ["--env", f"JOB_COMPLETION_INDEX={index}", IMAGE]
         return words + self.container["command"] + self.container.get("args", [])
 
+    @variation
     def test_its_indexes_send_everything_once(self) -> None:
         subjects = ("007", "s[1]")
         plant(self.root, subjects)

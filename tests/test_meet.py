@@ -5,6 +5,7 @@ And the farewell: whatever ends a run, its server session is given back.
 
 import os
 import re
+import shutil
 import signal
 import unittest
 
@@ -95,6 +96,25 @@ ROWS = [
 
 
 class Meeting(TableTest):
+
+    def test_what_is_there_is_seen_under_an_alias_and_after_a_hiccup_without_asking_each(
+            self) -> None:
+        self.tree()
+        with self.xnat() as server:
+            self.run_it(server, status=0)
+            for project, fault in (("brainy", ""), ("BRAIN", "truncate"), ("BRAIN", "status")):
+                shutil.rmtree(self.work)
+                if fault:
+                    server.fail(fault, PROJECT, **({"status": 503} if fault == "status" else {}))
+                before = len(server.requests)
+                self.run_it(server, posts=0, commits=0, words="already there", project=project)
+                # One list of the archive was of use, and no session was asked for by its label.
+                lists = [each for each in server.requests[before:]
+                         if each.path == "/data/experiments"
+                         and each.params["project"] == "BRAIN" and each.status == 200]
+                self.assertEqual(len(lists), 1, project)
+                self.assertEqual([each.path for each in server.requests[before:] if re.search(
+                    r"/projects/\w+/experiments/", each.path)], [], project)
 
     def test_a_login_that_is_answered_with_megabytes_fails_in_a_sentence(self) -> None:
         self.tree()

@@ -24,7 +24,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 import dicomUpload
 from tests.dicom import README_TREE, digests, readme_tree
 from tests.support import (EXCLUSIONS, SCRIPT, Ran, drop_root_rights, need, shown_on,
-                           take_terminal)
+                           take_terminal, variation)
 from tests.support import load_tests as load_tests  # several at a time
 from tests.trees import TreeTest
 from tests.xnat_standin import Standin, User
@@ -238,6 +238,7 @@ class RememberedExclusions(Refusals):
             for session in "007/pre", "008/pre", "009/pre":
                 self.assert_archived(server, session.replace("/", "_"), self.tree(session))
 
+    @variation
     def test_without_what_earlier_runs_left_out_again_forgets_none_of_it(self) -> None:
         with self.xnat() as server:
             self.run_it(server, "--config", self.config("scout"), status=0, posts=2)
@@ -266,6 +267,7 @@ class RememberedExclusions(Refusals):
             self.run_it(server, "--shard", f"{shard % 4 + 1}/4", status=0, posts=0)
             self.stop(server, "--only", "007", "--shard", f"{shard}/4")
 
+    @variation
     def test_it_is_remembered_for_the_whole_project_and_for_no_other(self) -> None:
         with self.xnat() as server:
             # 008 has no such series yet: what was said of one slice holds for all.
@@ -572,6 +574,7 @@ class Options(Refusals):
                 self.assertEqual(len(server.commits()), 1)
                 self.assert_archived(server, "007_pre", wanted)
 
+    @variation
     def test_another_max_files_in_the_next_run_sends_only_the_rest(self) -> None:
         wanted = self.series("007/pre/T1", files=5)
         with self.xnat() as server:

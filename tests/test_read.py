@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, List, Set, Tuple
 
 from dicomUpload import READERS, File, Series, read_files
 from tests.dicom import dicom_file, dicomdir_file, digests, uid, write_series
-from tests.support import Ran, drop_root_rights
+from tests.support import Ran, drop_root_rights, variation
 from tests.support import load_tests as load_tests  # several at a time
 from tests.trees import COPY, TreeTest
 from tests.xnat_standin import Standin
@@ -700,6 +700,7 @@ class Changes(ReadTest):
 
         server.knobs.reject = look
 
+    @variation
     def test_a_folder_that_changes_while_it_is_sent_is_held_back_and_then_completed(self) -> None:
         cases = ("comes", "comes-deeper", "series-comes", "goes", "changes", "grows")
         for case in cases + ("touched", "good"):
@@ -746,6 +747,7 @@ class Changes(ReadTest):
                 self.assertNotIn(("BRAIN", "008_pre"), server.archive)
             self.assert_mended(server, "007_pre", "008_pre")
 
+    @variation
     def test_other_times_alone_are_no_change(self) -> None:
         shifts: Dict[str, Callable[[int], int]] = {
             "summer": lambda moment: moment + 3600 * 10 ** 9,
@@ -778,6 +780,7 @@ class Changes(ReadTest):
         for kind in shifts:
             self.assert_told(ran, f"{kind}_pre", "already there")
 
+    @variation
     def test_what_is_added_to_an_archived_session_is_sent_alone_and_merges(self) -> None:
         added: Dict[str, List[str]] = {}
         for subject in ("file", "files", "deeper", "folder"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import dicomUpload
 from tests import picture
 from tests.dicom import README_TREE, readme_tree
-from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest
+from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest, variation
 from tests.support import load_tests as load_tests  # several at a time
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +54,7 @@ def alike(line: str) -> str:
 
 
 class Readme(UploadTest):
+    @variation
     def test_the_picture_of_a_run_is_what_a_run_shows_now(self) -> None:
         drawn, made = (sorted(alike(line) for line in text.splitlines() if line[:1] != "[")
                        for text in (picture.BLOCK.findall(README)[0], picture.picture()))

@@ -16,6 +16,7 @@ from tests.faults import (AGAIN, BOTH, BUILD, FIRST, HEALING, HELD, IMPORT, NEIT
                           FaultTest, Row, TableTest, add_rows, ever, late, on, once, overlap, page,
                           proxy)
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
+from tests.support import slow, variation
 from tests.xnat_standin import Fault, Standin
 
 LOGIN_VM = "http://127.0.0.1/app/template/Login.vm"
@@ -184,6 +185,7 @@ class Answers(TableTest):
     def test_what_breaks_on_the_way_is_sent_again_and_archived_once(self) -> None:
         self.play_together(BROKEN, knobs={"seconds_per_file": 0.05})
 
+    @slow
     def test_what_goes_silent_is_sent_again_and_archived_once(self) -> None:
         self.play_together(SILENT, "--retries 1 --timeout 1")
 
@@ -201,6 +203,7 @@ class ManySessions(FaultTest):
     def many(self, count: int, files: int = 1) -> None:
         self.tree(*(f"{number:03}/pre/A_0001" for number in range(1, count + 1)), files=files)
 
+    @variation
     def test_a_server_that_goes_away_for_good_stops_the_run_after_one_series_tries(self) -> None:
         self.many(6)
         with self.xnat() as server:
@@ -322,6 +325,7 @@ class ManySessions(FaultTest):
         self.assertGreater(self.log().count(AGAIN), 3, "several have waited")
         return [line for line in err.splitlines() if "PASS:" not in line]
 
+    @slow
     def test_an_outage_is_one_line_and_its_end_another_however_many_wait(self) -> None:
         for options in (), ("--quiet",):
             with self.subTest(options):
@@ -360,6 +364,7 @@ class Waits(unittest.TestCase):
 
 class OneSession(FaultTest):
 
+    @variation
     def test_up_to_1_8_7_the_series_of_a_session_go_strictly_one_after_another(self) -> None:
         self.tree(*(f"007/pre/S_{number:04}" for number in range(1, 6)))
         for version in ("1.7.5", "1.8.7"):
@@ -368,6 +373,7 @@ class OneSession(FaultTest):
                 self.assertFalse(overlap(server.imports()), "two at once")
                 self.assert_whole(server)
 
+    @variation
     def test_from_1_8_8_on_series_go_side_by_side_once_the_first_has_made_the_session(self) -> None:
         self.tree(*(f"007/pre/S_{number:04}" for number in range(1, 6)))
         for version in ("1.8.8", "1.10"):
@@ -379,6 +385,7 @@ class OneSession(FaultTest):
                     self.assertGreaterEqual(other.started, float(first.answered or 1e99))
                 self.assert_whole(server)
 
+    @variation
     def test_the_parts_of_one_series_go_in_order(self) -> None:
         self.tree("007/pre/A_0001", files=7)
         with self.xnat(seconds_per_file=0.05) as server:
@@ -398,6 +405,7 @@ class OneSession(FaultTest):
             self.run_it(server, "--procs", "1", "--max-files", "2", status=0, posts=2, commits=1)
             self.assert_whole(server)
 
+    @variation
     def test_a_copy_is_sent_once_whatever_its_name_and_folder(self) -> None:
         self.tree()
         folder = self.root / "007/pre/A_0001"
@@ -414,6 +422,7 @@ class OneSession(FaultTest):
                 self.assertIn(name, self.log())
             self.stays_so(server)
 
+    @variation
     def test_two_images_of_one_uid_fail_both_their_series_before_a_byte_leaves(self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001")
         write_series(self.root / "007/pre/C_0003", study=uid("007", "pre"), number=1, files=1,
@@ -463,12 +472,15 @@ class TheFolderWhileItIsSent(FaultTest):
             self.assertEqual(server.prearchive, [])
             self.stays_so(server)
 
+    @variation
     def test_a_file_that_comes_holds_its_session_back(self) -> None:
         self.held(lambda: self.tree("007/pre/A_0001", files=3), 1)
 
+    @variation
     def test_a_file_that_goes_holds_its_session_back(self) -> None:
         self.held(lambda: (self.root / "007/pre/A_0001/IM0002.dcm").unlink(), 1)
 
+    @variation
     def test_a_file_that_changes_holds_its_session_back(self) -> None:
         self.held(lambda: self.tree("007/pre/A_0001", rows=24), 1)
 
@@ -481,6 +493,7 @@ class TheFolderWhileItIsSent(FaultTest):
             self.run_it(server, status=0, posts=1, commits=1)
             self.assert_whole(server)
 
+    @variation
     def test_a_series_that_comes_holds_its_session_back(self) -> None:
         self.held(lambda: self.tree("007/pre/C_0003"), 1)
 

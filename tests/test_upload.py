@@ -321,6 +321,7 @@ class Stops(RunningTest):
             self.assertEqual(ran.status, 3, ran.text)
             self.assertIn("do not archive by hand: 007_pre\n", ran.out)
 
+    @variation
     def test_a_server_that_goes_away_for_good_stops_the_run(self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001")
         with self.xnat() as server:
@@ -593,6 +594,7 @@ class WhatItTakes(RunningTest):
             self.assertEqual({Path(line).parent.parent.parent.name for line in self.opened()},
                              {"007"})
 
+    @variation
     def test_many_links_to_folders_cost_no_minutes(self) -> None:
         self.tree("007/pre/A_0001")
         for number in range(1000):
