@@ -1141,8 +1141,8 @@ def check_zip(target: str, files: List[File]) -> None:
 
 class Level:
     """zip's level for the next part: 0 or 1, whichever gets its bytes there sooner, by what this
-    run has measured. While zips wait for the line, packing is behind them and costs nothing, as
-    far as the processors are not at work on these too."""
+    run has measured. While zips wait for the line, packing is behind them and costs nothing,
+    unless the processors are what they wait for."""
 
     KEPT = 0.7  # of what was measured before: a line that changes is followed within a few parts
 
@@ -1176,13 +1176,15 @@ class Level:
         posting, storing = self._pace("posting"), self._pace("packing 0")
         wait = posting * sum(self._going["waiting"])
         shared = count + sum(self._going["packing"])
-        # To post a byte takes a processor about as long as to pack it at level 0 does.
+        # To post a byte is taken to cost a processor what packing it at level 0 did.
         busy = storing * sum(self._going["waiting"])
         quick = busy + shared * storing
         slow = busy + shared * self._pace("packing 1", 4 * storing)
         stored = max(wait, quick) + posting * shared
         zipped = max(wait, slow) + posting * shared * self._pace("zipped 1", 0.5)
-        look = sum(self.used.values()) % 16 == 0 and slow < wait  # for nothing: do they shrink now?
+        # Do they shrink now? Where it costs nothing, and where nobody has looked yet.
+        look = sum(self.used.values()) % 16 == 0 and (
+            slow < wait or "packing 1" not in self._sums)
         return int(zipped < 0.999 * stored or look)
 
     def _pace(self, what: str, unknown: float = 0.0) -> float:
@@ -1350,7 +1352,7 @@ class Curl:
             if self.cookie:  # the server renews one that has expired
                 self.cookie = answer.cookie or self.cookie
             body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # a secret
-            self.teller.log(f"curl {number}: exit {answer.code} {answer.error} HTTP "
+            self.teller.log(f"curl {number}: {path}: exit {answer.code} {answer.error} HTTP "
                             f"{answer.status} {body}")
         with self._lock:  # only what was asked since can tell that it is over
             if outage and self._outage and not meaning_of(answers[-1]).gone:
@@ -1561,8 +1563,8 @@ class Xnat(Curl):
 
     version = ""  # until Contents has asked for it
 
-    def meet(self) -> None:
-        """Log in, once. Raises Stop(3) with the reason."""
+    def log_in(self) -> None:
+        """Open the one server session of this run. Raises Stop(3) with the reason."""
         answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
         if answer.status != 200:
             raise self.stop_for(answer)
@@ -1571,8 +1573,8 @@ class Xnat(Curl):
         self.cookie, self.project = answer.body.strip(), self.settings.project
 
     def check_project(self, told: Answer, editable: Answer) -> None:
-        """Take the project's real ID, and see that we may add to it, by what it told of itself and
-        of the EDITABLE ones. Raises Stop(3) with the reason.
+        """Take the project's real ID (an alias may have been given), and see that we may add to it,
+        by the project's own page and the list of EDITABLE ones. Raises Stop(3) with the reason.
 
         XNAT itself refuses none of this at import: a wrong project gives 200, and the data goes
         into another one or to Unassigned (GradualDicomImporter).
@@ -1582,7 +1584,7 @@ class Xnat(Curl):
             found = self.get(self.path() + "?format=json", told)
             if found.status == 404:
                 raise Trouble(f"not on this XNAT, or {user} cannot see it", "check its ID")
-            self.project = str(found.json()["items"][0]["data_fields"]["ID"])  # of an alias, too
+            self.project = str(found.json()["items"][0]["data_fields"]["ID"])
             if self.project not in [row.get("id") for row in rows_of(self.get(EDITABLE, editable))]:
                 raise Trouble(f"{user} can see it but not add to it", "ask its owner to make "
                               f"{user} a member")
@@ -1752,19 +1754,19 @@ class Xnat(Curl):
 
 
 class Contents:
-    """What archive and prearchive of the project hold under our labels, asked once for all.
+    """What archive and prearchive of the project hold under our labels, asked for all at once.
 
     Not every server tells this to every user; sessions are then asked for one by one.
     """
 
     def __init__(self, xnat: Xnat, sessions: Sequence[Session]) -> None:
-        """All in one go, before any byte. Raises Stop(3) if the project cannot be added to."""
+        """Meet the project, before any byte. Raises Stop(3) if nothing can be added to it."""
         self.xnat = xnat
         told, editable, *answers = xnat.ask_once(xnat.path() + "?format=json", EDITABLE,
                                                  *self._urls())
         xnat.check_project(told, editable)
-        # An alias may have been given; and a hiccup must not look like a server that tells nothing.
-        if xnat.project != xnat.settings.project or any(meaning_of(each).heals for each in answers):
+        # An alias was given; or the server hiccuped, and what it said then is not what it holds.
+        if xnat.project != xnat.settings.project or {told.status, editable.status} != {200}:
             answers = xnat.ask_once(*self._urls())
         info, code, listed, waiting = (answer.json() for answer in answers)
         # Without a version the series of a session go one by one.
@@ -3472,7 +3474,7 @@ def run(settings: Settings, teller: Teller) -> int:
         tree = walk(settings, teller.walking)
         xnat = Xnat(settings, programs, teller)
         try:
-            xnat.meet()
+            xnat.log_in()
             contents = Contents(xnat, tree.sessions)
             ledger = stack.enter_context(closing(Ledger(settings, xnat.project)))
             if not settings.nested:

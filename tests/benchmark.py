@@ -1,6 +1,6 @@
 """How fast an upload is, side by side with what else could send the same files.
 
-    python3 -m tests.benchmark            all conditions, about half an hour
+    python3 -m tests.benchmark            all conditions, about 40 minutes
     python3 -m tests.benchmark --quick    small trees, one round, under two minutes
     python3 -m tests.benchmark --only mr-free mr-100M --rounds 5 --peers
     python3 -m tests.benchmark --beside OLD.py    this version and another one, nothing else
@@ -138,7 +138,7 @@ class Condition:
 
 MR = "real MR" if real_images() else "synthetic MR"
 CONDITIONS = (
-    Condition("mr-free", MR + ", line unlimited", mr_tree(8), memory=True, peers=True),
+    Condition("mr-free", MR + ", line unlimited", mr_tree(24), memory=True, peers=True),
     Condition("mr-1G", MR + ", 1 Gbit/s", mr_tree(8), 125e6),
     Condition("mr-100M", MR + ", 100 Mbit/s", mr_tree(8), 12.5e6, rounds=2, peers=True),
     Condition("mr-20M", MR + ", 20 Mbit/s", mr_tree(1), 2.5e6, rounds=1,

@@ -99,22 +99,28 @@ class Meeting(TableTest):
 
     def test_what_is_there_is_seen_under_an_alias_and_after_a_hiccup_without_asking_each(
             self) -> None:
+        archive, prearchive = "/data/experiments", "/data/prearchive/projects/BRAIN"
         self.tree()
         with self.xnat() as server:
             self.run_it(server, status=0)
-            for project, fault in (("brainy", ""), ("BRAIN", "truncate"), ("BRAIN", "status")):
-                shutil.rmtree(self.work)
-                if fault:
-                    server.fail(fault, PROJECT, **({"status": 503} if fault == "status" else {}))
-                before = len(server.requests)
-                self.run_it(server, posts=0, commits=0, words="already there", project=project)
-                # One list of the archive was of use, and no session was asked for by its label.
-                lists = [each for each in server.requests[before:]
-                         if each.path == "/data/experiments"
-                         and each.params["project"] == "BRAIN" and each.status == 200]
-                self.assertEqual(len(lists), 1, project)
-                self.assertEqual([each.path for each in server.requests[before:] if re.search(
-                    r"/projects/\w+/experiments/", each.path)], [], project)
+            # How often each list is asked for under the project's own ID; the prearchive's once
+            # more at the end.
+            for project, fault, wanted in (
+                    ("brainy", None, (1, 2)), ("BRAIN", on(PROJECT, "truncate"), (1, 2)),
+                    ("BRAIN", proxy(503, PROJECT), (2, 3)),  # the first ones may be as ill
+                    ("BRAIN", proxy(503, prearchive + r"\?"), (1, 3))):
+                with self.subTest(project=project, fault=fault):
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    if fault:
+                        server.faults.append(fault)
+                    before = len(server.requests)
+                    self.run_it(server, posts=0, commits=0, words="already there", project=project)
+                    asked = server.requests[before:]
+                    lists = [each.path for each in asked if each.path == prearchive
+                             or each.path == archive and each.params["project"] == "BRAIN"]
+                    self.assertEqual((lists.count(archive), lists.count(prearchive)), wanted)
+                    self.assertEqual([each.path for each in asked if re.search(
+                        r"/projects/\w+/experiments/\w+$", each.path)], [])
 
     def test_a_login_that_is_answered_with_megabytes_fails_in_a_sentence(self) -> None:
         self.tree()

@@ -218,11 +218,11 @@ class OtherSignals(RunningTest):
                    "    def __del__(self):\n"
                    "        os.kill(os.getpid(), signal.SIGTERM)\n"
                    "        time.sleep(0.1)\n"
-                   "real = dicomUpload.Xnat.meet\n"
-                   "def meet(self):\n"
+                   "real = dicomUpload.Xnat.log_in\n"
+                   "def log_in(self):\n"
                    "    Late()\n"
                    "    real(self)\n"
-                   "dicomUpload.Xnat.meet = meet\n"
+                   "dicomUpload.Xnat.log_in = log_in\n"
                    "sys.exit(dicomUpload.main())")
         with self.xnat() as server:
             server.fail("stall before", IMPORT, seconds=60)
