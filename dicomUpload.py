@@ -1775,13 +1775,9 @@ class Contents:
         self.replaces = xnat.settings.overwrite_files or code == 5
         self.manual = code == 0  # what is committed waits for a person
         labels = {session.label for session in sessions}
-        ours = {session.subject_label.lower() for session in sessions}
         rows = table(listed)
         self._told = rows is not None
         self._archive = {row["label"]: row for row in rows or [] if row.get("label") in labels}
-        # XNAT finds subjects without regard to case; these are their labels as it has them.
-        self._subjects = {row["subject_label"].lower(): row["subject_label"] for row in rows or []
-                          if row.get("subject_label", "").lower() in ours}
         self._prearchive: Dict[str, List[str]] = defaultdict(list)
         for row in self._listed(table(waiting)):
             if row.get("name") in labels:
@@ -1829,10 +1825,11 @@ class Contents:
         return {}
 
     def path(self, session: Session) -> str:
-        """Where the archive has a session, or will have it."""
-        subject = (self._archive.get(session.label, {}).get("subject_label")
-                   or self._subjects.get(session.subject_label.lower(), session.subject_label))
-        return self.xnat.path("subjects", subject, "experiments", session.label)
+        """Where the archive has a session. XNAT finds subjects without regard to case; the label is
+        as it has it."""
+        subject = self._archive.get(session.label, {}).get("subject_label")
+        return self.xnat.path("subjects", subject or session.subject_label, "experiments",
+                              session.label)
 
     def waiting(self, session: Session, *more: str) -> Dict[str, Row]:
         """What of a session waits in the prearchive now, by address; `more` are addresses that

@@ -422,12 +422,13 @@ class SessionsThatGoOn(FaultTest):
                     "--retries", "0", status=1, commits=len(faults) - 1 or -1)
         server.faults.clear()
 
-    @variation
     def test_a_session_that_others_left_receiving_is_joined_and_committed_once(self) -> None:
         self.tree(A, B, C)
         with self.xnat() as server:
             self.left_by_others(server, page(400, "no", skip=1))
             self.assertEqual([row.status for row in server.prearchive], ["RECEIVING"])
+            self.run_it(server, "--dry-run", status=1, posts=0,
+                        words="007_pre: waits in the prearchive .*shows when it is sent")
             self.run_it(server, "--procs", "1", status=0, posts=1, commits=1,
                         words="archived, 6 files verified")
             self.assertEqual(self.statuses(), "already there, sent, already there")
@@ -498,7 +499,6 @@ class SessionsThatGoOn(FaultTest):
             self.stays_so(server, project="MANUAL")
             self.assert_whole(server)
 
-    @variation
     def test_what_its_reviewer_has_deleted_is_told_and_sent_anew_with_again(self) -> None:
         with self.xnat() as server:
             server.store.remove(self.left_for_review(server))
@@ -508,7 +508,6 @@ class SessionsThatGoOn(FaultTest):
                         project="MANUAL")
             self.assert_whole(server, archived=False)
 
-    @variation
     def test_what_somebody_has_deleted_from_the_archive_is_told_and_sent_anew_with_again(
             self) -> None:
         self.tree()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import unittest
 
+from dicomUpload import Answer, Trouble, rows_of
 from tests.faults import (AGAIN, BOTH, BUILD, IMPORT, LOGIN, START, FaultTest, Row, TableTest,
                           add_rows, ever, on, page, proxy)
 from tests.support import need, shown_on, take_terminal
@@ -132,6 +133,18 @@ class Meeting(TableTest):
 
 
 add_rows(Meeting, ROWS)
+
+
+class Listings(unittest.TestCase):
+
+    def test_only_what_is_not_there_is_empty_and_what_is_no_listing_is_told(self) -> None:
+        listing = '{"ResultSet": {"Result": [{"ID": "a"}]}}'
+        self.assertEqual(rows_of(Answer(0, 200, listing)), [{"id": "a"}])
+        self.assertEqual(rows_of(Answer(0, 404, "not found")), [])
+        for status, body in ((200, ""), (200, "[]"), (200, '{"ResultSet": {}}'), (500, listing),
+                             (200, '{"ResultSet": {"Result": "none"}}')):
+            with self.subTest(status=status, body=body), self.assertRaises(Trouble):
+                rows_of(Answer(0, status, body))
 
 
 class WhatComesBeforeIt(FaultTest):

@@ -273,6 +273,16 @@ class ManySessions(FaultTest):
             ran = self.run_it(server, "--procs", "1", status=3, posts=20, commits=20)
             self.assertIn("the server refuses everything", ran.text)
 
+    def test_one_that_fails_by_itself_between_sessions_refused_alike_does_not_count(self) -> None:
+        self.many(21)
+        middle = sorted(self.root.glob("*/*/*"))[10]
+        (middle / "gone.dcm").symlink_to("nowhere")
+        with self.xnat() as server:
+            server.fail("error page", IMPORT, status=500, text="boom", times=None)
+            ran = self.run_it(server, "--procs", "1", status=3, posts=20, commits=0)
+            self.assertIn("the server refuses everything", ran.text)
+            self.assertIn("is a link to nothing", ran.text)
+
     def test_one_session_that_fails_does_not_hold_up_the_others(self) -> None:
         self.tree("007/post/A_0001", "007/pre/A_0001", "008/pre/A_0001")
         with self.xnat() as server:
