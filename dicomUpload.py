@@ -1174,10 +1174,9 @@ class Level:
         if "posting" not in self._sums:
             return min(1, self.used[0])  # the first one leaves at once; then smaller is safer
         posting, storing = self._pace("posting"), self._pace("packing 0")
-        wait = posting * sum(self._going["waiting"])
-        shared = count + sum(self._going["packing"])
+        waiting, shared = sum(self._going["waiting"]), count + sum(self._going["packing"])
         # To post a byte is taken to cost a processor what packing it at level 0 did.
-        busy = storing * sum(self._going["waiting"])
+        wait, busy = posting * waiting, storing * waiting
         quick = busy + shared * storing
         slow = busy + shared * self._pace("packing 1", 4 * storing)
         stored = max(wait, quick) + posting * shared

@@ -365,7 +365,8 @@ class Summary(Messy):
             ran = self.upload(server, "-v", "--only", "007/pre")
         self.assertEqual(ran.status, 0, ran.text)
         self.assertRegex(ran.err, r"curl \d+: --disable --config - .*/data/services/import")
-        self.assertRegex(ran.err, r"curl \d+: /data/services/import.*: exit 0 +HTTP 200 /data/prea")
+        self.assertRegex(ran.err, r"curl \d+: /data/services/import\?.*: exit 0 +HTTP 200 "
+                                  "/data/prearchive/projects/BRAIN/")
         self.assertNotIn("curl", ran.out)
         self.assertEqual(len(listed(ran.out, "sent")), 2)
         self.assertRegex(ran.out, r"(?m)^007_pre  archived, 8 files verified  "
