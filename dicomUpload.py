@@ -27,7 +27,7 @@ Needs Python 3.8, curl 7.61, zip 3.0; no packages. Reads in the order of a run:
   words      the nouns of the program
   tree       walk ROOTDIR by names; read one session: what its files are
   packing    the one door to other programs, the workdir, one part to one zip
-  curl       one request to one answer; cookie and retries
+  curl       requests of one connection to their answers; cookie and retries
   meanings   what an answer says, whether waiting heals it, what to do
   xnat       meet the server, ask what it holds, post, commit
   ledger     what earlier runs have done, to ask and send less
@@ -924,7 +924,7 @@ class Programs:
             watch: Callable[[bytes], None] = lambda _: None) -> subprocess.CompletedProcess[bytes]:
         """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble.
 
-        `watch` gets the end of what it has said on its error output so far, as it speaks.
+        `watch` gets what it says on its error output, piece by piece.
         """
         with self._lock:
             if self.stopping.is_set():
@@ -1005,10 +1005,11 @@ def talk(process: subprocess.Popen[bytes], given: bytes, watch: Callable[[bytes]
                 for key, _ in open_ones.select():
                     piece = os.read(key.fd, 1 << 16)
                     key.data.extend(piece)
+                    if key.data is err:
+                        watch(piece)
                     if not piece:
                         open_ones.unregister(key.fileobj)
                 del err[:-10000]  # hours of curl's progress
-                watch(bytes(err[-200:]))
             process.wait()
         finally:
             kill(process)  # if something came between
@@ -1063,7 +1064,7 @@ class Workdir:
 
     @contextmanager
     def room_for(self, files: List[File]) -> Iterator[str]:
-        """A name for a zip of these files, once there is room. The zip is removed at the end.
+        """A folder for zips of these files, once there is room. It is removed at the end.
 
         Waits while other zips are in the way; raises Full if it would not fit even alone.
         """
@@ -1076,9 +1077,9 @@ class Workdir:
                                "another --workdir")
                 self._room.wait()
             self._promised += need
-        try:  # in a folder of its own: zip would add to an old one, and may leave halves
+        try:  # a folder of their own: zip would add to an old one, and may leave halves
             with tempfile.TemporaryDirectory(prefix="part-", dir=self.zips) as folder:
-                yield os.path.join(folder, os.path.basename(folder) + ".zip")
+                yield folder
         finally:
             with self._room:
                 self._promised -= need
@@ -1289,65 +1290,78 @@ class Curl:
         self._outage = False  # the server is gone, and that has been told
         self._lock = threading.Lock()
 
-    def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, zipped: str = "",
-            seconds: int = 0, moved: Callable[[float], None] = lambda _: None) -> Answer:
-        """One request, with `zipped` (a path) as its file; without one `seconds` bounds it.
-
-        `moved` is told from time to time how much of the file has gone out, 0 to 1.
-        """
-        options, folder = ["--silent", "--show-error", "--max-time", str(seconds)], "/"
-        if zipped:
-            # A plain name in curl's own folder: `;` and `,` in -F names mean something.
-            # -F and not -T: XNAT then reads all before it answers, so that the status is always
-            # seen and a body cut short imports nothing. Never --data-binary: it fills the memory.
-            folder, name = os.path.split(zipped)
-            options = ["--progress-bar", "--form", f"file=@{name};type=application/zip"]
-            if self.settings.limit_rate:
-                rate = max(1, self.settings.limit_rate // self.settings.procs)
-                options += ["--limit-rate", str(rate)]
-        elif method == "POST":
+    def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, seconds: int = 0
+            ) -> Answer:
+        """One request without a body, of so many seconds at most."""
+        options = ["--silent", "--show-error", "--max-time", str(seconds)]
+        if method == "POST":
             options += ["--data", "", "--header", "Content-Type:"]
         elif method != "GET":
             options += ["--request", method]
-
-        def watch(said: bytes) -> None:
-            percent = re.findall(rb"(\d+\.\d)%", said)
-            moved(min(0.99, float(percent[-1]) / 100) if percent else 0.0)
-
-        path += "?" + urlencode(query) if query else ""
-        return self._run([path], options, folder, watch)[0]
+        return self._run([(path + ("?" + urlencode(query) if query else ""), options)])[0]
 
     def ask_once(self, *paths: str) -> List[Answer]:
         """The answer at each of `paths`, all over one connection, each tried once."""
-        return self._run(paths, ["--silent", "--show-error", "--max-time", "300"])
+        return self._run([(path, ["--silent", "--show-error", "--max-time", "300"])
+                          for path in paths])
 
-    def _run(self, paths: Sequence[str], options: List[str], folder: str = "/",
+    def send(self, path: str, zips: Sequence[str], moved: Sequence[Callable[[float], None]]
+             ) -> List[Answer]:
+        """POST zips (of one folder) over one connection, each tried once; the answers, up to the
+        first that did not come.
+
+        `moved` is told from time to time how much of each zip has gone out, 0 to 1.
+        """
+        options = ["--progress-bar"]
+        if self.settings.limit_rate:
+            rate = max(1, self.settings.limit_rate // self.settings.procs)
+            options += ["--limit-rate", str(rate)]
+        over = 0
+
+        def watch(said: bytes) -> None:
+            nonlocal over
+            over += said.count(b"\n")  # ends a bar
+            percent = re.findall(rb"(\d+\.\d)%", said.rpartition(b"\n")[2])
+            if percent and over < len(moved):
+                moved[over](min(0.99, float(percent[-1]) / 100))
+
+        # A plain name in curl's own folder: `;` and `,` in --form names mean something.
+        # --form and not --upload-file: XNAT then reads all before it answers, so that the status
+        # is always seen and a body cut short imports nothing. Never --data-binary: it fills the
+        # memory.
+        answers = self._run([(path, options + [
+            "--form", f"file=@{os.path.basename(zipped)};type=application/zip"])
+            for zipped in zips], os.path.dirname(zips[0]), watch)
+        return answers[:sum(not each.code for each in answers) + 1]
+
+    def _run(self, requests: Sequence[Tuple[str, List[str]]], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
-        """One curl: the answer from each path, in their order."""
+        """One curl: the answer from each path, asked with these options, in their order."""
         settings, number = self.settings, next(self._numbers)
-        urls = [settings.url + path for path in paths]
-        # --disable must come first, or ~/.curlrc is read. --globoff: no [] or {} in the URL.
-        # --include: the headers come with the body. Never --fail (it hides the answer), never
-        # --location (a redirect would be followed with the login). A dead link would hang for
-        # ever; XNAT is silent while it imports, so the longest silence is minutes.
-        command = ["curl", "--disable", "--config", "-", "--globoff", "--include", "--fail-early",
-                   "--suppress-connect-headers", "--max-filesize", "100000000",
-                   "--connect-timeout", str(min(30, settings.timeout)), "--speed-limit", "1",
-                   "--speed-time", str(settings.timeout), *options,
-                   "--write-out", rf"\n%{{http_code}} %{{redirect_url}} {self._mark}\n"]
-        command += ["--cacert", settings.cacert] if settings.cacert else []
-        command += ["--insecure"] if settings.insecure else []
-        # On its standard input, where `ps` does not see them; and a curl whose parent dies before
-        # it is fed has no URL. With login and cookie, a server session that expired heals itself.
-        given = [("url", url) for url in urls] + [("user", f"{settings.user}:{settings.password}")]
-        given += [("cookie", f"JSESSIONID={self.cookie}")] if self.cookie else []
-        config = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n"  # quoted alike
-                         for key, value in given)
-        self.teller.log(f"curl {number}: {shlex.join(command[1:] + urls)}")
+        # --globoff: no [] or {} in the URL. --include: the headers come with the body. Never --fail
+        # (it hides the answer), never --location (a redirect would be followed with the login). A
+        # dead link would hang for ever; XNAT is silent while it imports, so the longest silence is
+        # minutes.
+        shared = ["--globoff", "--include", "--fail-early", "--suppress-connect-headers",
+                  "--max-filesize", "100000000", "--speed-limit", "1", "--speed-time",
+                  str(settings.timeout), "--connect-timeout", str(min(30, settings.timeout)),
+                  "--write-out", rf"\n%{{http_code}} %{{redirect_url}} {self._mark}\n"]
+        shared += ["--cacert", settings.cacert] if settings.cacert else []
+        shared += ["--insecure"] if settings.insecure else []
+        # With login and cookie, a server session that expired heals itself.
+        secret = ["--user", f"{settings.user}:{settings.password}"]
+        secret += ["--cookie", f"JSESSIONID={self.cookie}"] if self.cookie else []
+        asked = [[*options, "--url", settings.url + path] for path, options in requests]
+        # --disable must come first, or ~/.curlrc is read. The rest on its standard input, where
+        # `ps` does not see it; and a curl whose parent dies before it is fed has no URL.
+        command = ["curl", "--disable", "--config", "-"]
+        config = "\n--next".join(lines_of(shared + secret + words) for words in asked)
+        self.teller.log(f"curl {number}: {shlex.join(command[1:] + shared)} "
+                        + " --next ".join(map(shlex.join, asked)))
         outage = self._outage
         done = self.programs.run(command, os.fsencode(config), folder, watch)
-        answers = read_answers(done, self._mark, paths)
-        for path, answer in zip(paths, answers):
+        answers = read_answers(done, self._mark, [path for path, _ in requests])
+        for (path, _), answer in zip(requests, answers):
             if self.cookie:  # the server renews one that has expired
                 self.cookie = answer.cookie or self.cookie
             body = "" if "JSESSION" in path else " ".join(answer.body.split())[:500]  # a secret
@@ -1359,15 +1373,16 @@ class Curl:
                 self.teller.say(f"{settings.url}: the server answers again")
         return answers
 
-    def ask_until(self, about: str, request: Callable[[], Answer], files: int = 0
-                  ) -> Tuple[Answer, Meaning, int]:
+    def ask_until(self, about: str, request: Callable[[], Answer], files: int = 0,
+                  tried: Optional[Answer] = None) -> Tuple[Answer, Meaning, int]:
         """Repeat a request while its answer may heal; the last answer, its meaning, the tries.
 
-        `files` is what XNAT may still be importing after an answer that was lost. Raises Stop
-        where no other request could fare better: login refused, server gone.
+        `files` is what XNAT may still be importing after an answer that was lost; `tried` the
+        answer of a first try. Raises Stop where no other request could fare better: login refused,
+        server gone.
         """
         for tries in itertools.count(1):
-            answer = request()
+            answer = tried if tried and tries == 1 else request()
             meaning = meaning_of(answer)
             if meaning.stops:
                 raise self.stop_for(answer)
@@ -1398,12 +1413,10 @@ class Curl:
         meaning = meaning_of(answer)
         return Stop(f"{self.settings.url}: {meaning.means} ({answer.evidence}): {meaning.to_do}")
 
-    def get(self, path: str, *tried: Answer) -> Answer:
+    def get(self, path: str, tried: Optional[Answer] = None) -> Answer:
         """What is at `path`, 200 or 404: the answer that was `tried`, or what comes of trying on.
         Raises Trouble for others."""
-        first = list(tried)
-        answer, meaning, _ = self.ask_until(
-            path, lambda: first.pop() if first else self.ask_once(path)[0])
+        answer, meaning, _ = self.ask_until(path, lambda: self.ask_once(path)[0], tried=tried)
         if answer.status not in (200, 404) or answer.status == 200 and answer.is_html:
             raise Trouble(f"{path} cannot be read ({answer.evidence})", meaning.to_do)
         return answer
@@ -1411,6 +1424,12 @@ class Curl:
     def rows(self, path: str) -> List[Row]:
         """A listing, empty if it is not there (404). Raises Trouble for other answers."""
         return rows_of(self.get(path + "?format=json"))
+
+
+def lines_of(words: List[str]) -> str:
+    """Options and their values as lines of a curl config, which quotes as JSON does."""
+    return "".join(f"\n{each}" if each.startswith("--") else
+                   f" {json.dumps(each, ensure_ascii=False)}" for each in words)
 
 
 def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Sequence[str]
@@ -1654,20 +1673,26 @@ class Xnat(Curl):
             self.programs.pause(pause)
         raise Trouble(f"XNAT is still at work on it ({address} is {status})", LATER)
 
-    def post(self, session: Session, series: Series, files: int, zipped: str,
-             moved: Callable[[float], None]) -> str:
-        """POST a zip of so many files until it is sent, refused or out of tries; its address.
-
-        Raises Trouble unless XNAT answers with an address in our project and session, Misplaced
-        if it is another project: it says 200 too when it kept nothing (DicomZipImporter).
-        """
+    def post_once(self, session: Session, zips: Sequence[str],
+                  moved: Sequence[Callable[[float], None]]) -> List[Answer]:
+        """POST zips of a session as Curl.send does."""
         query = {"import-handler": "DICOM-zip", "PROJECT_ID": self.project,
                  "SUBJECT_ID": session.subject_label, "EXPT_LABEL": session.label,
                  "overwrite": "append",
                  "prevent_auto_commit": "true"}  # else five idle minutes archive half a session
+        return self.send("/data/services/import?" + urlencode(query), zips, moved)
+
+    def post(self, session: Session, series: Series, files: int, zipped: str,
+             moved: Callable[[float], None], tried: Optional[Answer] = None) -> str:
+        """POST a zip of so many files until it is sent, refused or out of tries; its address.
+        `tried` is the answer of a first try.
+
+        Raises Trouble unless XNAT answers with an address in our project and session, Misplaced
+        if it is another project: it says 200 too when it kept nothing (DicomZipImporter).
+        """
         answer, meaning, tries = self.ask_until(
-            f"{session.label} {series.name}", lambda: self.ask(
-                "POST", "/data/services/import", query, zipped, moved=moved), files)
+            f"{session.label} {series.name}",
+            lambda: self.post_once(session, [zipped], [moved])[0], files, tried)
         series.tries, series.http = series.tries + tries, answer.status
         addresses, what = sorted(set(answer.body.split())), answer.evidence
         if answer.status in (413, 504):  # a proxy's limits: how big was it?
@@ -2312,7 +2337,7 @@ def stored_name(image: File) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
 
-PROBE = 50  # files of a run's first part: its answer tells soon what the line is
+FIRST = 50  # files
 
 
 class Part(NamedTuple):
@@ -2326,8 +2351,39 @@ class Part(NamedTuple):
         return sum(file.bytes for file in self.files)
 
 
+class Zip(NamedTuple):
+    """A part that is packed."""
+
+    path: str
+    bytes: int
+    part: Part
+
+
+def lanes_of(scans: Iterable[List[Part]], alone: bool) -> Iterator[List[List[Part]]]:
+    """What may go side by side: lanes of loads. In a lane one load is answered before the next one
+    goes; the parts of a load go over one connection, one after another.
+
+    A load is one part; or several small scans, unless somebody waits for one of them `alone`. Not
+    so many that others wait long, or that wrong logins lock the account: 20 do.
+    """
+    load: List[Part] = []
+    for parts in scans:
+        joined = load + parts
+        if alone or len(parts) > 1:
+            yield [[part] for part in parts]
+        elif load and (len(joined) > 4 or sum(part.bytes for part in joined) > 16 << 20
+                       or sum(len(part.files) for part in joined) > 100):
+            yield [load]
+            load = parts
+        else:
+            load = joined
+    if load:
+        yield [load]
+
+
 class Sender:
-    """Packs what is missing and posts it: --procs uploads side by side, twice as many zips."""
+    """Packs what is missing and posts it: --procs uploads side by side, twice as many loads of
+    zips."""
 
     def __init__(self, xnat: Xnat, workdir: Optional[Workdir], ledger: Ledger, alone: bool) -> None:
         self.xnat = xnat
@@ -2335,26 +2391,31 @@ class Sender:
         self.ledger = ledger
         self.alone = alone  # whether there is one session only
         self.level = Level(xnat.settings.compression)
+        # Of the run's first part: its answer tells soon what the line is.
+        self.first = iter([FIRST] if xnat.settings.compression == AUTO else [])
         procs = xnat.settings.procs
         self.slots = threading.Semaphore(procs)  # uploads and commits
-        self.zips = threading.Semaphore(2 * procs)  # on the disk
+        self.loads = threading.Semaphore(2 * procs)  # on the disk
         self.lanes, self.packers = ThreadPoolExecutor(2 * procs), ThreadPoolExecutor(2 * procs)
 
     def send(self, outcome: Outcome, addresses: List[str]) -> List[str]:
         """POST what is missing, part by part; the addresses where the session lies now."""
-        side_by_side = self.xnat.takes_side_by_side() and self.xnat.settings.procs > 1
-        # In each lane one after another: what goes into one scan must not meet there.
-        lanes: Dict[str, List[Part]] = defaultdict(list)
-        first = PROBE if self.level.fixed == AUTO and not self.level.used else 0
+        procs = self.xnat.settings.procs
+        side_by_side = self.xnat.takes_side_by_side()
+        first = next(self.first, 0) if any(each.missing for each in outcome.series) else 0
         # While a long session is the only one, nobody works until its first answer has come: one
         # file is enough to make the session.
         if side_by_side and self.alone and not addresses and sum(
-                bool(each.missing) for each in outcome.series) > self.xnat.settings.procs:
+                bool(each.missing) for each in outcome.series) > procs > 1:
             first = 1
+        scans: Dict[str, List[Part]] = defaultdict(list)  # in each, parts must not meet
         for part in self.cut(outcome.series, first):
-            lanes[part.files[0].series if side_by_side else ""].append(part)
+            scans[part.files[0].series if side_by_side else ""].append(part)
+        lanes = list(lanes_of(scans.values(), self.alone or first > 0))
+        if lanes and procs == 1:
+            lanes = [list(itertools.chain(*lanes))]
         jobs = []
-        for lane in lanes.values():
+        for lane in lanes:
             jobs.append(self.lanes.submit(self.xnat.programs.guarded, self._send_lane, outcome,
                                           lane))
             if not outcome.address:  # the answer to the first part makes the session
@@ -2372,67 +2433,94 @@ class Sender:
                 yield Part(each, files[at:at + count])
                 at += count
 
-    def _send_lane(self, outcome: Outcome, parts: List[Part]) -> List[str]:
-        """Post parts one after another, the next one packed meanwhile; the addresses."""
+    def _send_lane(self, outcome: Outcome, lane: List[List[Part]]) -> List[str]:
+        """Post loads one after another, the next one packed meanwhile; the addresses."""
         addresses, packed = [], None  # type: List[str], Any
         try:
-            packed = self.packers.submit(self._pack, parts[0])
-            for part, after in itertools.zip_longest(parts, parts[1:]):
-                zipped, room = packed.result()
+            packed = self.packers.submit(self._pack, lane[0])
+            for after in [*lane[1:], None]:
+                zips, room = packed.result()
                 packed = after and self.packers.submit(self._pack, after)
-                with room, caught(part.series.problems):
-                    if zipped and not part.series.problems:
-                        addresses.append(self._post(outcome, part, zipped))
+                zips = [each for each in zips if not each.part.series.problems]
+                with room, self.slots, self.level.at("posting", sum(each.bytes for each in zips)):
+                    # guarded: a stop comes before the next has a slot
+                    addresses += self.xnat.programs.guarded(self._post, outcome, zips)
         finally:
             outcome.answered.set()
             if packed:  # after a stop nobody takes it: others wait for its room
                 packed.add_done_callback(lambda job: job.exception() or job.result()[1].close())
         return addresses
 
-    def _pack(self, part: Part) -> Tuple[str, ExitStack]:
-        """A part's zip, and what holds its place on the disk; '' if it cannot be made."""
+    def _pack(self, load: List[Part]) -> Tuple[List[Zip], ExitStack]:
+        """Zips of a load, as far as they can be made, and what holds their place on the disk."""
         assert self.workdir, "a dry run sends nothing"
-        series, level = part.series, self.level
-        with ExitStack() as stack, caught(series.problems):
-            if series.problems:
-                return "", stack
-            stack.enter_context(self.zips)
-            zipped = stack.enter_context(self.workdir.room_for(part.files))
-            series.began = series.began or time.monotonic()
-            chosen = level.choose(part.bytes)
-            with level.at(f"packing {chosen}", part.bytes):
-                pack(series.folder, part.files, zipped, chosen, self.xnat.programs)
-            made = os.path.getsize(zipped)
-            level.learn(f"zipped {chosen}", made, part.bytes)
-            stack.enter_context(level.at("waiting", made))
-            self.xnat.teller.log(f"{series.folder}: {plural(len(part.files), 'file')} packed at "
-                                 f"level {chosen}, {size(part.bytes)} to {size(made)}")
-            return zipped, stack.pop_all()
-        return "", ExitStack()
+        zips, problems = [], []  # type: List[Zip], List[Trouble]
+        load = [part for part in load if not part.series.problems]
+        with ExitStack() as stack, caught(problems):
+            if load:
+                stack.enter_context(self.loads)
+                folder = stack.enter_context(self.workdir.room_for(
+                    [file for part in load for file in part.files]))
+            for part in load:
+                with caught(part.series.problems):
+                    path = f"{folder}/{os.path.basename(folder)}-{len(zips)}.zip"
+                    zips.append(self._zip(part, path))
+            stack.enter_context(self.level.at("waiting", sum(each.bytes for each in zips)))
+            return zips, stack.pop_all()
+        for part in load:
+            part.series.problems += problems
+        return [], ExitStack()
 
-    def _post(self, outcome: Outcome, part: Part, zipped: str) -> str:
-        """POST a part, and note it; its address. Raises Trouble."""
-        session, series, made = outcome.session, part.series, os.path.getsize(zipped)
-        with self.slots, self.xnat.teller.at_work(f"{session.label} {series.name}",
-                                                  part.files) as moved:
-            with self.level.at("posting", made):  # guarded: a stop comes before the next has a slot
-                address: str = self.xnat.programs.guarded(
-                    self.xnat.post, session, series, len(part.files), zipped, moved)
-            self.ledger.add("sent", session, series=series.name, first=part.files[0].name,
-                            last=part.files[-1].name, files=part_fingerprint(part.files),
-                            uid=part.files[0].series, address=address, joined=outcome.joined)
-            moved(1.0)
+    def _zip(self, part: Part, path: str) -> Zip:
+        """Pack a part. Raises Trouble."""
+        series, level = part.series, self.level
+        series.began = series.began or time.monotonic()
+        chosen = level.choose(part.bytes)
+        with level.at(f"packing {chosen}", part.bytes):
+            pack(series.folder, part.files, path, chosen, self.xnat.programs)
+        made = os.path.getsize(path)
+        level.learn(f"zipped {chosen}", made, part.bytes)
+        self.xnat.teller.log(f"{series.folder}: {plural(len(part.files), 'file')} packed at "
+                             f"level {chosen}, {size(part.bytes)} to {size(made)}")
+        return Zip(path, made, part)
+
+    def _post(self, outcome: Outcome, zips: List[Zip]) -> List[str]:
+        """POST all of a load, then go on with each that has no good answer; their addresses."""
+        xnat, session, addresses = self.xnat, outcome.session, []  # type: Xnat, Session, List[str]
+        with ExitStack() as stack:
+            moved = [stack.enter_context(xnat.teller.at_work(
+                f"{session.label} {each.part.series.name}", each.part.files)) for each in zips]
+            answers: List[Answer] = []
+            for each in zips[:1]:
+                with caught(each.part.series.problems):
+                    answers = xnat.post_once(session, [every.path for every in zips], moved)
+            for each, tell, tried in itertools.zip_longest(zips, moved, answers):
+                series = each.part.series
+                with caught(series.problems):
+                    if tried or not series.problems:
+                        address = xnat.post(session, series, len(each.part.files), each.path, tell,
+                                            tried)
+                        self._note(outcome, each, address)
+                        addresses.append(address)
+                        tell(1.0)
+        return addresses
+
+    def _note(self, outcome: Outcome, sent: Zip, address: str) -> None:
+        """A part has arrived."""
+        series, files = sent.part.series, sent.part.files
+        self.ledger.add("sent", outcome.session, series=series.name, first=files[0].name,
+                        last=files[-1].name, files=part_fingerprint(files), uid=files[0].series,
+                        address=address, joined=outcome.joined)
         outcome.address = address
         outcome.answered.set()
-        for file in part.files:
+        for file in files:
             file.missing = False
-        series.sent += len(part.files)
-        series.there += len(part.files)
-        series.bytes += part.bytes
-        series.zipped += made
+        series.sent += len(files)
+        series.there += len(files)
+        series.bytes += sent.part.bytes
+        series.zipped += sent.bytes
         series.seconds = time.monotonic() - series.began
         series.status = "" if series.missing else "sent"
-        return address
 
     def close(self) -> None:
         self.lanes.shutdown()
@@ -2627,7 +2715,9 @@ class Upload:
             verify(self.contents, outcome, held)
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
-                zip_room(part.files) for part in self.sender.cut(series)])
+                zip_room([file for part in load for file in part.files]) for lane in lanes_of(
+                    ([part] for part in self.sender.cut(series)), self.sender.alone)
+                for load in lane])
 
 
 def check_parts(memory: Memory, series: List[Series], addresses: List[str]) -> None:

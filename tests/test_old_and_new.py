@@ -132,14 +132,16 @@ class OldCurl(UploadTest):
         names: Set[str] = set()
         for call in self.calls.iterdir():
             words = (call / "words").read_text(errors="replace").split("\0")[:-1]
-            for name, value in options(words):
+            for name, _ in options(words):
                 names.add(name)
+            for line in (call / "input").read_text(errors="replace").split("\n")[1:]:
+                found = re.fullmatch(r'--([a-z0-9.-]+)(?: (".*"))?', line)
+                self.assertTrue(found, f"a line of curl's config of another form: {line}")
+                name, value = found.groups("") if found else ("", "")
+                names.add(name)
+                self.assertEqual(not value, name in ALONE, f"has it a value? {line}")
                 if name == "write-out":
                     self.assertLessEqual(set(re.findall(r"%\{(\w+)\}", value)), WRITE_OUT_7_61)
-            for line in (call / "input").read_text(errors="replace").splitlines():
-                found = re.match(r'([a-z0-9.-]+) = "', line)
-                self.assertTrue(found, "a line of curl's config of another form")
-                names.add(found[1] if found else "")
         return names
 
     def test_curl_gets_no_option_that_7_61_has_not(self) -> None:

@@ -3,18 +3,22 @@
 And what many sessions do to each other: side by side, one after another, all refused alike.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import time
 import types
 import unittest
-from typing import Any, Callable, List
+from collections import Counter
+from typing import Any, Callable, List, Tuple
 
 import dicomUpload
 from tests.dicom import digests, uid, write_series
 from tests.faults import (AGAIN, BOTH, BUILD, FIRST, HEALING, HELD, IMPORT, NEITHER, SECOND,
                           FaultTest, Row, TableTest, add_rows, ever, late, on, once, overlap, page,
                           proxy)
+from tests.running import RunningTest
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.support import slow, variation
 from tests.xnat_standin import Fault, Standin
@@ -296,13 +300,21 @@ class ManySessions(FaultTest):
 
     def test_a_login_refused_while_four_uploads_run_is_not_tried_twenty_times(self) -> None:
         self.many(12)
+        self.refuse_logins(12)  # whoever was on the way; 20 lock the account
+
+    def test_nor_is_one_while_four_loads_are_on_their_way(self) -> None:
+        self.tree(*(f"{subject:03}/pre/S_{number:04}" for subject in range(12)
+                    for number in range(1, 9)), files=1)
+        self.refuse_logins(19)
+
+    def refuse_logins(self, most: int) -> None:
         with Standin(seconds_per_file=0.1) as server:  # four uploads may each meet it once
             server.fail("disable account", IMPORT, skip=2)
             ran = self.upload(server, "--procs", "4")
             self.assertEqual(ran.status, 3, ran.text)
             self.assertIn("login refused", ran.text)
             refused = [each for each in server.requests if each.status == 401]
-            self.assertLessEqual(len(refused), 12)  # whoever was on the way; 20 lock the account
+            self.assertLessEqual(len(refused), most)
             enable_alice(self, server)
             self.run_it(server, status=0)
             self.assert_whole(server)
@@ -462,6 +474,127 @@ class OneSession(FaultTest):
                         words=f"two studies.*A_0001.*{uid('007', 'pre')}.*C_0003.*{uid('other')}")
             self.assertEqual(set(server.archive), {("BRAIN", "008_pre")})
             self.assertEqual(server.prearchive, [])
+
+
+# ---- Loads -----------------------------------------------------------------------------------
+
+def parts(*counts: int, size: int = 1) -> List[dicomUpload.Part]:
+    """Parts of so many files, of so many bytes each."""
+    return [dicomUpload.Part(dicomUpload.Series(str(number), ""), count * [
+        dicomUpload.File("x", size, 0)]) for number, count in enumerate(counts)]
+
+
+class Loads(RunningTest):
+    """Several small series over one connection."""
+
+    def test_each_upload_of_a_load_tells_how_far_it_is(self) -> None:
+        zips = [self.folder / f"{number}.zip" for number in range(3)]
+        for path in zips:
+            path.write_bytes(os.urandom(1_000_000))
+        told: List[Tuple[int, float]] = []
+        settings: Any = types.SimpleNamespace(
+            user="alice", password="s3cret", timeout=60, cacert="", insecure=False,
+            limit_rate=4_000_000, procs=1)
+        silent: Any = types.SimpleNamespace(say=str, log=str)
+        with self.xnat() as server, contextlib.closing(dicomUpload.Programs()) as programs:
+            settings.url = server.url
+            curl = dicomUpload.Curl(settings, programs, silent)
+            answers = curl.send("/data/services/import", [str(path) for path in zips], [
+                lambda share, at=at: told.append((at, share)) for at in range(3)])
+        self.assertEqual([each.code for each in answers], [0, 0, 0])
+        self.assertEqual(told, sorted(told), "in their order, and never back")
+        self.assertEqual({at for at, share in told if share == 0.99}, {0, 1, 2})
+        self.assertGreater(min(Counter(at for at, _ in told).values()), 2, told)
+
+    def test_four_small_scans_at_most_share_a_load(self) -> None:
+        megabyte = 1 << 20
+        for title, scans, alone, wanted in (
+                ("nothing", [], False, []),
+                ("three", [*map(list, zip(parts(3, 3, 3)))], False, [[[3, 3, 3]]]),
+                ("nine", [*map(list, zip(parts(*range(1, 10))))], False,
+                 [[[1, 2, 3, 4]], [[5, 6, 7, 8]], [[9]]]),
+                ("nine, and somebody waits", [*map(list, zip(parts(1, 2, 3)))], True,
+                 [[[1]], [[2]], [[3]]]),
+                ("100 files", [*map(list, zip(parts(50, 50, 1)))], False, [[[50, 50]], [[1]]]),
+                ("one that has more", [*map(list, zip(parts(500, 1, 1)))], False,
+                 [[[500]], [[1, 1]]]),
+                ("16 MB", [*map(list, zip(parts(8, 8, 1, size=megabyte)))], False,
+                 [[[8, 8]], [[1]]]),
+                ("a scan of several parts keeps its order", [parts(1), parts(2, 3, 4), parts(5)],
+                 False, [[[2], [3], [4]], [[1, 5]]])):
+            with self.subTest(title):
+                lanes = dicomUpload.lanes_of(scans, alone)
+                self.assertEqual([[[len(part.files) for part in load] for load in lane]
+                                  for lane in lanes], wanted)
+
+    def grow(self) -> str:
+        """A session whose six series go as a load of four and one of two; its subject. Before it
+        one that is the run's first, and goes by itself."""
+        self.tree("001/pre/A_0001", *(f"002/pre/S_{number:04}" for number in range(1, 7)), files=1)
+        return IMPORT + ".*EXPT_LABEL=002_pre"
+
+    def test_small_series_share_a_connection_where_xnat_takes_them_side_by_side(self) -> None:
+        self.grow()
+        for version, procs, connections in (("1.8.11", 1, [4, 2]), ("1.8.11", 4, [4, 2]),
+                                            ("1.8.7", 4, 6 * [1])):
+            with self.subTest(version=version, procs=procs), self.xnat(version=version) as server:
+                self.run_it(server, "--procs", str(procs), "--again", "--compression", "1", posts=7,
+                            commits=2)
+                ports = Counter(each.port for each in server.imports()
+                                if each.params["EXPT_LABEL"] == "002_pre")
+                self.assertEqual(sorted(ports.values(), reverse=True), connections)
+                self.assert_whole(server)
+
+    def test_what_meets_one_of_a_load_costs_the_others_nothing(self) -> None:
+        one = "sent, sent, sent, {}, sent, sent, sent"
+        where = self.grow()
+        for fault, posts, status in (
+                (page(400, "no room at the inn", where, skip=2), 7, "not sent"),
+                (page(400, HEALING[0], where, skip=2), 8, "sent"),
+                (proxy(503, where, skip=2), 8, "sent"),
+                (late(504, where, skip=2), 8, "sent"),
+                (on(where, "empty", skip=2), 7, "not sent"),
+                (on(where, "close", skip=2), 8, "sent"),
+                (on(where, "close after", skip=2), 8, "sent"),
+                (on(where, "reset during", after_bytes=200, skip=2), 8, "sent"),
+                (on(where, "truncate", skip=2), 8, "sent"),
+                (on(where, "drop sessions", skip=2), 7, "sent")):
+            with self.subTest(fault), self.xnat() as server:
+                self.work = self.folder / fault.kind / str(fault.status)
+                server.faults.append(fault)
+                self.run_it(server, "--procs", "1", status=int(status != "sent"), posts=posts)
+                self.assertEqual(self.statuses(), one.format(status))
+                self.run_it(server, posts=7 * (status != "sent") // 7)
+                self.assert_whole(server)
+
+    def interrupted(self, server: Standin) -> Any:
+        """A run that hangs in the third POST of a load."""
+        server.fail("stall before", self.grow(), skip=2, seconds=60)
+        process = self.start(self.arguments(server.url, "--procs", "1"))
+        self.assertTrue(server.wait_for(lambda: len(server.imports()) == 4, 30))
+        return process
+
+    def test_a_run_that_ends_within_a_load_leaves_to_the_next_one_what_had_no_answer(self) -> None:
+        for number in signal.SIGTERM, signal.SIGKILL:
+            with self.subTest(number), self.xnat() as server:
+                self.work = self.folder / number.name
+                process = self.interrupted(server)
+                process.send_signal(number)
+                process.communicate(timeout=30)
+                self.assert_alone(5)
+                self.run_it(server, "--procs", "1", posts=4, commits=1, words="already there")
+                self.assert_whole(server)
+
+    def test_a_curl_that_is_killed_within_a_load_costs_no_answer_that_it_has_told(self) -> None:
+        with self.xnat() as server:
+            process = self.interrupted(server)
+            for curl in self.processes("curl"):
+                os.kill(curl, signal.SIGKILL)
+            ran = self.ended(process, 60)
+            self.assertEqual(ran.status, 0, ran.text)
+            self.assertLessEqual(len(server.imports()), 9)  # curl had the last one to itself yet
+            self.assertEqual(ran.err.count(AGAIN), 1, ran.err)
+            self.assert_whole(server)
 
 
 # ---- The folder while it is sent -------------------------------------------------------------

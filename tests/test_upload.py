@@ -349,7 +349,8 @@ class Stops(RunningTest):
     def test_a_line_that_breaks_in_two_ways_by_turns_stops_the_run_all_the_same(self) -> None:
         for number in range(25):
             write_series(self.root / f"{number:03}/s/T1", study=uid(number), files=1, rows=1)
-        shim = self.shim("curl", f"""case "$*" in *--form*) cat >/dev/null; cd {self.folder}
+        shim = self.shim("curl", f"""cat >"$0.$$"; exec <"$0.$$"
+            case "$(cat "$0.$$")" in *--form*) cd {self.folder}
             echo >>broken; code=$((55 + $(wc -l <broken) % 2))
             echo "curl: ($code) $code: Connection reset by peer" >&2; exit $code;; esac""")
         with self.xnat() as server:

@@ -297,6 +297,7 @@ class Request:
     status: Optional[int] = None      # None: no answer was sent
     fault: str = ""                   # the kind of fault that met it
     address: str = ""                 # the answer's first line, for imports and commits
+    port: int = 0                     # the client's: one connection, one port
 
 
 @dataclass(frozen=True)
@@ -1303,6 +1304,7 @@ class Exchange:
     headers: Dict[str, str]
     body: Union[Body, Spool]
     site: str                         # the address that the client used
+    port: int                         # the client's
     outside: bool = False             # not below the context path
     chunked: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -2996,7 +2998,7 @@ class Standin:
             exchange = Exchange(
                 self._numbers, handler.command, path, query,
                 dict(parse_qsl(query, keep_blank_values=True)), headers, body, site,
-                not inside, body.chunked)
+                handler.client_address[1], not inside, body.chunked)
             if not path.startswith("/_standin/"):
                 exchange.fault = self.faults.take(exchange.line)
                 self._log[exchange.number] = self._record(exchange)
@@ -3013,7 +3015,7 @@ class Standin:
             exchange.number, exchange.method, exchange.path, exchange.params,
             {name: value for name, value in exchange.headers.items() if name not in secret},
             "+".join(auth), exchange.started, claimed_user(self, exchange),
-            fault=exchange.fault.kind if exchange.fault else "")
+            fault=exchange.fault.kind if exchange.fault else "", port=exchange.port)
 
     def journal_update(self, exchange: Exchange, **more: Any) -> None:
         """More is known of a request."""
