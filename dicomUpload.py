@@ -921,10 +921,12 @@ class Programs:
                                 start_new_session=True)
 
     def run(self, command: List[str], given: bytes = b"", folder: str = "/",
-            watch: Callable[[bytes], None] = lambda _: None) -> subprocess.CompletedProcess[bytes]:
+            watch: Callable[[bytes], None] = lambda _: None, whole: bool = True
+            ) -> subprocess.CompletedProcess[bytes]:
         """Start `command` in `folder`, feed it `given`, wait for it. Raises Stop, Trouble.
 
-        `watch` gets what it says on its error output, piece by piece.
+        `watch` gets what it says on its error output, piece by piece. If it is not `whole`, what it
+        has said until the run was stopped is something too.
         """
         with self._lock:
             if self.stopping.is_set():
@@ -942,7 +944,7 @@ class Programs:
             with self._lock:
                 del self._running[process.pid]
                 self._tell_guard()
-        if self.stopping.is_set() and process.returncode < 0:
+        if whole and self.stopping.is_set() and process.returncode < 0:
             raise Stopping("stopping")
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -1308,7 +1310,7 @@ class Curl:
     def send(self, path: str, zips: Sequence[str], moved: Sequence[Callable[[float], None]]
              ) -> List[Answer]:
         """POST zips (of one folder) over one connection, each tried once; the answers, up to the
-        first that did not come.
+        first that did not come, or the last that came before the run was stopped.
 
         `moved` is told from time to time how much of each zip has gone out, 0 to 1.
         """
@@ -1331,11 +1333,12 @@ class Curl:
         # memory.
         answers = self._run([(path, options + [
             "--form", f"file=@{os.path.basename(zipped)};type=application/zip"])
-            for zipped in zips], os.path.dirname(zips[0]), watch)
-        return answers[:sum(not each.code for each in answers) + 1]
+            for zipped in zips], os.path.dirname(zips[0]), watch, whole=False)
+        came = sum(not each.code for each in answers)
+        return answers[:came if self.programs.stopping.is_set() else came + 1]
 
     def _run(self, requests: Sequence[Tuple[str, List[str]]], folder: str = "/",
-             watch: Callable[[bytes], None] = lambda _: None) -> List[Answer]:
+             watch: Callable[[bytes], None] = lambda _: None, whole: bool = True) -> List[Answer]:
         """One curl: the answer from each path, asked with these options, in their order."""
         settings, number = self.settings, next(self._numbers)
         # --globoff: no [] or {} in the URL. --include: the headers come with the body. Never --fail
@@ -1349,17 +1352,19 @@ class Curl:
         shared += ["--cacert", settings.cacert] if settings.cacert else []
         shared += ["--insecure"] if settings.insecure else []
         # With login and cookie, a server session that expired heals itself.
-        secret = ["--user", f"{settings.user}:{settings.password}"]
-        secret += ["--cookie", f"JSESSIONID={self.cookie}"] if self.cookie else []
+        secret = f"\n--user {quoted(f'{settings.user}:{settings.password}')}"
+        secret += f"\n--cookie {quoted(f'JSESSIONID={self.cookie}')}" if self.cookie else ""
         asked = [[*options, "--url", settings.url + path] for path, options in requests]
         # --disable must come first, or ~/.curlrc is read. The rest on its standard input, where
         # `ps` does not see it; and a curl whose parent dies before it is fed has no URL.
         command = ["curl", "--disable", "--config", "-"]
-        config = "\n--next".join(lines_of(shared + secret + words) for words in asked)
+        config = "\n--next".join(secret + "".join(
+            f"\n{each}" if each.startswith("--") else f" {quoted(each)}" for each in shared + words)
+            for words in asked)
         self.teller.log(f"curl {number}: {shlex.join(command[1:] + shared)} "
                         + " --next ".join(map(shlex.join, asked)))
         outage = self._outage
-        done = self.programs.run(command, os.fsencode(config), folder, watch)
+        done = self.programs.run(command, os.fsencode(config), folder, watch, whole)
         answers = read_answers(done, self._mark, [path for path, _ in requests])
         for (path, _), answer in zip(requests, answers):
             if self.cookie:  # the server renews one that has expired
@@ -1426,10 +1431,9 @@ class Curl:
         return rows_of(self.get(path + "?format=json"))
 
 
-def lines_of(words: List[str]) -> str:
-    """Options and their values as lines of a curl config, which quotes as JSON does."""
-    return "".join(f"\n{each}" if each.startswith("--") else
-                   f" {json.dumps(each, ensure_ascii=False)}" for each in words)
+def quoted(value: str) -> str:
+    """A value in a curl config, which quotes as JSON does."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Sequence[str]
@@ -1490,7 +1494,7 @@ MEANINGS = (
             heals=True, gone=True, goes_on=True),
     Meaning(r"curl exit 35\b", "no encrypted connection comes about",
             "check https or http, and the port", heals=True, gone=True),
-    Meaning(r"curl exit (16|18|52|55|56|92|95|96)\b", "the connection broke", LATER,
+    Meaning(r"curl exit (16|18|52|55|56|65|92|95|96)\b", "the connection broke", LATER,
             heals=True, gone=True),
     Meaning(r"curl exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is "
             "not valid for this time or name", "check this machine's clock and the URL, then ask "
@@ -1681,6 +1685,11 @@ class Xnat(Curl):
                  "overwrite": "append",
                  "prevent_auto_commit": "true"}  # else five idle minutes archive half a session
         return self.send("/data/services/import?" + urlencode(query), zips, moved)
+
+    def is_ours(self, answer: Optional[Answer]) -> bool:
+        """Whether an answer to a POST has an address in our project."""
+        found = ADDRESS.search(answer.body.strip()) if answer else None
+        return bool(found and found[1] == self.project)
 
     def post(self, session: Session, series: Series, files: int, zipped: str,
              moved: Callable[[float], None], tried: Optional[Answer] = None) -> str:
@@ -2337,7 +2346,8 @@ def stored_name(image: File) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
 
-FIRST = 50  # files
+FIRST = 50  # files of a run's first part
+LOAD = 16 << 20  # bytes of what goes over one connection, unless it is one part
 
 
 class Part(NamedTuple):
@@ -2359,19 +2369,19 @@ class Zip(NamedTuple):
     part: Part
 
 
-def lanes_of(scans: Iterable[List[Part]], alone: bool) -> Iterator[List[List[Part]]]:
+def lanes_of(scans: Iterable[List[Part]], count: int, most: int) -> Iterator[List[List[Part]]]:
     """What may go side by side: lanes of loads. In a lane one load is answered before the next one
     goes; the parts of a load go over one connection, one after another.
 
-    A load is one part; or several small scans, unless somebody waits for one of them `alone`. Not
-    so many that others wait long, or that wrong logins lock the account: 20 do.
+    A load is one part; or several scans that are small together, so that nobody waits long for
+    them: `count` and `most` bytes are the limits.
     """
     load: List[Part] = []
     for parts in scans:
         joined = load + parts
-        if alone or len(parts) > 1:
+        if len(parts) > 1:
             yield [[part] for part in parts]
-        elif load and (len(joined) > 4 or sum(part.bytes for part in joined) > 16 << 20
+        elif load and (len(joined) > count or sum(part.bytes for part in joined) > most
                        or sum(len(part.files) for part in joined) > 100):
             yield [load]
             load = parts
@@ -2391,8 +2401,9 @@ class Sender:
         self.ledger = ledger
         self.alone = alone  # whether there is one session only
         self.level = Level(xnat.settings.compression)
-        # Of the run's first part: its answer tells soon what the line is.
-        self.first = iter([FIRST] if xnat.settings.compression == AUTO else [])
+        # For one session. What its answer tells of line and project is needed soon.
+        self.first = iter([FIRST if xnat.settings.compression == AUTO else
+                           xnat.settings.max_files])
         procs = xnat.settings.procs
         self.slots = threading.Semaphore(procs)  # uploads and commits
         self.loads = threading.Semaphore(2 * procs)  # on the disk
@@ -2411,7 +2422,7 @@ class Sender:
         scans: Dict[str, List[Part]] = defaultdict(list)  # in each, parts must not meet
         for part in self.cut(outcome.series, first):
             scans[part.files[0].series if side_by_side else ""].append(part)
-        lanes = list(lanes_of(scans.values(), self.alone or first > 0))
+        lanes = list(self.lanes_of(scans.values(), self.alone or first > 0))
         if lanes and procs == 1:
             lanes = [list(itertools.chain(*lanes))]
         jobs = []
@@ -2422,6 +2433,14 @@ class Sender:
                 outcome.answered.wait()
                 outcome.answered.clear()
         return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
+
+    def lanes_of(self, scans: Iterable[List[Part]], alone: bool) -> Iterator[List[List[Part]]]:
+        """Lanes whose loads all have room on the disk together, and so few parts that no wrong
+        logins lock the account: 20 do. `alone`: others wait for each part."""
+        procs = self.xnat.settings.procs
+        room = shutil.disk_usage(self.workdir.path).free if self.workdir else LOAD * procs
+        count = 1 if alone else max(1, min(4, 16 // procs))
+        return lanes_of(scans, count, min(LOAD, room // (2 * procs)))
 
     def cut(self, series: List[Series], first: int = 0) -> Iterator[Part]:
         """The parts to send, in order; the first one of at most so many files, if that is told."""
@@ -2442,7 +2461,7 @@ class Sender:
                 zips, room = packed.result()
                 packed = after and self.packers.submit(self._pack, after)
                 zips = [each for each in zips if not each.part.series.problems]
-                with room, self.slots, self.level.at("posting", sum(each.bytes for each in zips)):
+                with room, self.slots:
                     # guarded: a stop comes before the next has a slot
                     addresses += self.xnat.programs.guarded(self._post, outcome, zips)
         finally:
@@ -2492,9 +2511,12 @@ class Sender:
                 f"{session.label} {each.part.series.name}", each.part.files)) for each in zips]
             answers: List[Answer] = []
             for each in zips[:1]:
-                with caught(each.part.series.problems):
+                with caught(each.part.series.problems), self.level.at(
+                        "posting", sum(every.bytes for every in zips)):
                     answers = xnat.post_once(session, [every.path for every in zips], moved)
-            for each, tell, tried in itertools.zip_longest(zips, moved, answers):
+            # What has arrived is noted before the others end the run, or are waited for.
+            for each, tell, tried in sorted(itertools.zip_longest(zips, moved, answers),
+                                            key=lambda one: not xnat.is_ours(one[2])):
                 series = each.part.series
                 with caught(series.problems):
                     if tried or not series.problems:
@@ -2520,7 +2542,7 @@ class Sender:
         series.bytes += sent.part.bytes
         series.zipped += sent.bytes
         series.seconds = time.monotonic() - series.began
-        series.status = "" if series.missing else "sent"
+        series.status = "" if series.missing or series.problems else "sent"
 
     def close(self) -> None:
         self.lanes.shutdown()
@@ -2536,6 +2558,18 @@ def caught(problems: List[Trouble]) -> Iterator[None]:
         problems.append(trouble)
     except OSError as error:
         problems.append(unreadable(str(error.filename or "the workdir"), error))
+
+
+@contextmanager
+def turn(lock: threading.Lock, patience: float = 0.2) -> Iterator[None]:
+    """One after another where each is quick, since threads of Python's hinder each other; side by
+    side where others take longer than so many seconds, as on a slow share."""
+    mine = lock.acquire(timeout=patience)
+    try:
+        yield
+    finally:
+        if mine:
+            lock.release()
 
 
 class Upload:
@@ -2559,6 +2593,7 @@ class Upload:
         # While as many sessions as may be posted are on the line, as many are read and packed.
         self.at_a_time = 1 if self.settings.procs == 1 else 2 * self.settings.procs
         self.reading = threading.Lock()  # one at a time: the first is sent while others are read
+        self.listing = threading.Lock()
 
     def go(self) -> None:
         """Run until every session is over. Raises Stop; no thread is left, whatever happens."""
@@ -2625,7 +2660,8 @@ class Upload:
     def one_session(self, outcome: Outcome) -> None:
         """The whole way of one session, from its folder to the archive. Raises Trouble, Stop."""
         session, settings, xnat = outcome.session, self.settings, self.xnat
-        outcome.series = series = list_session(session, settings)
+        with turn(self.listing):
+            outcome.series = series = list_session(session, settings)
         known = self.sender.ledger.of(session)
         memory = Memory() if settings.again else known
         waits = self._still_there(session, memory)
@@ -2715,7 +2751,8 @@ class Upload:
             verify(self.contents, outcome, held)
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
-                zip_room([file for part in load for file in part.files]) for lane in lanes_of(
+                zip_room([file for part in load for file in part.files])
+                for lane in self.sender.lanes_of(
                     ([part] for part in self.sender.cut(series)), self.sender.alone)
                 for load in lane])
 

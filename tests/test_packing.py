@@ -149,6 +149,15 @@ class TheWorkdir(RunningTest):
             self.skipTest("a file system cannot be mounted here: needs root")
         self.addCleanup(subprocess.call, ["umount", "-l", str(self.work)])
 
+    def test_series_that_fit_into_the_workdir_one_by_one_are_not_refused_together(self) -> None:
+        for number in range(1, 7):
+            self.big_series(f"002/pre/S_{number:04}", 3)
+        self.tree("001/pre/A_0001")
+        self.small_disk("8M")
+        with self.xnat() as server:
+            self.run_it(server, posts=7, commits=2)
+            self.assert_whole(server)
+
     def test_a_workdir_that_cannot_be_used_is_named_and_nobody_is_asked(self) -> None:
         self.tree("007/pre/A_0001")
         locked, file = self.folder / "locked", self.folder / "file"

@@ -4,8 +4,11 @@ uploads have to meet, the stand-in holds the first ones until the others are the
 import os
 import threading
 import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, Tuple
 
+import dicomUpload
 from tests.dicom import uid, write_series
 from tests.support import UploadTest
 from tests.support import load_tests as load_tests  # several at a time
@@ -53,6 +56,31 @@ def in_flight(server: Standin) -> int:
 def slow_down(server: Standin, count: int) -> None:
     """Let so many imports take a little longer."""
     server.fail("stall", IMPORT, times=count, seconds=CHANCE)
+
+
+class Turns(unittest.TestCase):
+
+    def test_what_is_quick_goes_one_after_another(self) -> None:
+        lock, inside, most = threading.Lock(), [0], [0]
+
+        def work(_: int) -> None:
+            with dicomUpload.turn(lock, TIMEOUT):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0.001)
+                inside[0] -= 1
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(40)))
+        self.assertEqual((most[0], lock.locked()), (1, False))
+
+    def test_who_has_waited_long_enough_for_one_that_is_slow_goes_on_beside_it(self) -> None:
+        lock = threading.Lock()
+        with dicomUpload.turn(lock):
+            with dicomUpload.turn(lock, 0.01):
+                pass
+            self.assertTrue(lock.locked(), "the slow one still has its turn")
+        self.assertFalse(lock.locked())
 
 
 class SpeedRules(UploadTest):
