@@ -1318,12 +1318,13 @@ class Curl:
         if self.settings.limit_rate:
             rate = max(1, self.settings.limit_rate // self.settings.procs)
             options += ["--limit-rate", str(rate)]
-        over = 0
+        over, bar = 0, b""
 
         def watch(said: bytes) -> None:
-            nonlocal over
+            nonlocal over, bar
             over += said.count(b"\n")  # ends a bar
-            percent = re.findall(rb"(\d+\.\d)%", said.rpartition(b"\n")[2])
+            bar = (bar + said).rpartition(b"\n")[2][-200:]
+            percent = re.findall(rb"(\d+\.\d)%", bar)
             if percent and over < len(moved):
                 moved[over](min(0.99, float(percent[-1]) / 100))
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 import types
 import unittest
@@ -511,6 +512,23 @@ class Loads(RunningTest):
         self.assertEqual(told, sorted(told), "in their order, and never back")
         self.assertEqual({at for at, share in told if share == 0.99}, {0, 1, 2})
         self.assertGreater(len(told), 3)
+
+    def test_how_far_it_is_may_come_in_any_pieces(self) -> None:
+        told: List[Tuple[int, float]] = []
+        done = types.SimpleNamespace(returncode=7, stdout=b"", stderr=b"")
+
+        def run(_: Any, config: bytes, folder: str, watch: Callable[[bytes], None], whole: bool
+                ) -> Any:
+            for piece in b"\r#  4", b"9.5%", b"\r## 10", b"0.0%", b"\n\r#  5.0%", b"\n", b" 1.0%":
+                watch(piece)
+            return done
+
+        settings: Any = types.SimpleNamespace(
+            user="", password="", timeout=60, cacert="", insecure=False, limit_rate=0, url="")
+        programs: Any = types.SimpleNamespace(run=run, stopping=threading.Event())
+        curl = dicomUpload.Curl(settings, programs, types.SimpleNamespace(log=str))  # type: ignore
+        curl.send("", ["a", "b"], [lambda share, at=at: told.append((at, share)) for at in (0, 1)])
+        self.assertEqual(told, [(0, 0.495), (0, 0.495), (0, 0.99), (1, 0.05)])
 
     def test_four_small_scans_at_most_share_a_load(self) -> None:
         for title, scans, limits, wanted in (
