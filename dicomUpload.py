@@ -2347,7 +2347,7 @@ def stored_name(image: File) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(image.name))
 
 
-FIRST = 50  # files of a run's first part
+FIRST = 50  # files
 LOAD = 16 << 20  # bytes of what goes over one connection, unless it is one part
 
 
@@ -2370,28 +2370,6 @@ class Zip(NamedTuple):
     part: Part
 
 
-def lanes_of(scans: Iterable[List[Part]], count: int, most: int) -> Iterator[List[List[Part]]]:
-    """What may go side by side: lanes of loads. In a lane one load is answered before the next one
-    goes; the parts of a load go over one connection, one after another.
-
-    A load is one part; or several scans that are small together, so that nobody waits long for
-    them: `count` and `most` bytes are the limits.
-    """
-    load: List[Part] = []
-    for parts in scans:
-        joined = load + parts
-        if len(parts) > 1:
-            yield [[part] for part in parts]
-        elif load and (len(joined) > count or sum(part.bytes for part in joined) > most
-                       or sum(len(part.files) for part in joined) > 100):
-            yield [load]
-            load = parts
-        else:
-            load = joined
-    if load:
-        yield [load]
-
-
 class Sender:
     """Packs what is missing and posts it: --procs uploads side by side, twice as many loads of
     zips."""
@@ -2402,9 +2380,8 @@ class Sender:
         self.ledger = ledger
         self.alone = alone  # whether there is one session only
         self.level = Level(xnat.settings.compression)
-        # For one session. What its answer tells of line and project is needed soon.
-        self.first = iter([FIRST if xnat.settings.compression == AUTO else
-                           xnat.settings.max_files])
+        # Of the run's first part: its answer tells soon what the line is.
+        self.first = iter([FIRST] if xnat.settings.compression == AUTO else [])
         procs = xnat.settings.procs
         self.slots = threading.Semaphore(procs)  # uploads and commits
         self.loads = threading.Semaphore(2 * procs)  # on the disk
@@ -2423,25 +2400,43 @@ class Sender:
         scans: Dict[str, List[Part]] = defaultdict(list)  # in each, parts must not meet
         for part in self.cut(outcome.series, first):
             scans[part.files[0].series if side_by_side else ""].append(part)
-        lanes = list(self.lanes_of(scans.values(), self.alone or first > 0))
+        groups = list(scans.values())
+        opening = 0 if outcome.address else 1  # the answer to the first part makes the session
+        lanes = [*self.lanes_of(groups[:opening]), *self.lanes_of(groups[opening:])]
         if lanes and procs == 1:
             lanes = [list(itertools.chain(*lanes))]
         jobs = []
         for lane in lanes:
             jobs.append(self.lanes.submit(self.xnat.programs.guarded, self._send_lane, outcome,
                                           lane))
-            if not outcome.address:  # the answer to the first part makes the session
+            if not outcome.address:
                 outcome.answered.wait()
                 outcome.answered.clear()
         return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
 
-    def lanes_of(self, scans: Iterable[List[Part]], alone: bool) -> Iterator[List[List[Part]]]:
-        """Lanes whose loads all have room on the disk together, and so few parts that no wrong
-        logins lock the account: 20 do. `alone`: others wait for each part."""
-        procs = self.xnat.settings.procs
-        room = shutil.disk_usage(self.workdir.path).free if self.workdir else LOAD * procs
-        count = 1 if alone else max(1, min(4, 16 // procs))
-        return lanes_of(scans, count, min(LOAD, room // (2 * procs)))
+    def lanes_of(self, scans: Iterable[List[Part]]) -> Iterator[List[List[Part]]]:
+        """What may go side by side: lanes of loads. In a lane one load is answered before the next
+        one goes; the parts of a load go over one connection, one after another.
+
+        A load is one part; or several scans that are small together, unless there is one session
+        only: then they had better go side by side.
+        """
+        procs, load = self.xnat.settings.procs, []  # type: int, List[Part]
+        # All loads have room on the disk together. Wrong logins lock an account: 20 do.
+        free = shutil.disk_usage(self.workdir.path).free if self.workdir else LOAD * 2 * procs
+        most, count = min(LOAD, free // (2 * procs)), 1 if self.alone else min(4, 16 // procs)
+        for parts in scans:
+            joined = load + parts
+            if len(parts) > 1:
+                yield [[part] for part in parts]
+            elif load and (len(joined) > count or sum(part.bytes for part in joined) > most
+                           or sum(len(part.files) for part in joined) > 100):
+                yield [load]
+                load = parts
+            else:
+                load = joined
+        if load:
+            yield [load]
 
     def cut(self, series: List[Series], first: int = 0) -> Iterator[Part]:
         """The parts to send, in order; the first one of at most so many files, if that is told."""
@@ -2481,9 +2476,9 @@ class Sender:
                 stack.enter_context(self.loads)
                 folder = stack.enter_context(self.workdir.room_for(
                     [file for part in load for file in part.files]))
-            for part in load:
+            for number, part in enumerate(load, 1):
                 with caught(part.series.problems):
-                    path = f"{folder}/{os.path.basename(folder)}-{len(zips)}.zip"
+                    path = f"{folder}/{os.path.basename(folder)}-{number}.zip"
                     zips.append(self._zip(part, path))
             stack.enter_context(self.level.at("waiting", sum(each.bytes for each in zips)))
             return zips, stack.pop_all()
@@ -2753,8 +2748,7 @@ class Upload:
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room([file for part in load for file in part.files])
-                for lane in self.sender.lanes_of(
-                    ([part] for part in self.sender.cut(series)), self.sender.alone)
+                for lane in self.sender.lanes_of([part] for part in self.sender.cut(series))
                 for load in lane])
 
 

@@ -535,7 +535,7 @@ class Loads(RunningTest):
                 ("nothing", [], {}, []),
                 ("three", apart(3, 3, 3), {}, [[[3, 3, 3]]]),
                 ("nine", apart(*range(1, 10)), {}, [[[1, 2, 3, 4]], [[5, 6, 7, 8]], [[9]]]),
-                ("somebody waits", apart(1, 2, 3), {"alone": True}, [[[1]], [[2]], [[3]]]),
+                ("an only session", apart(1, 2, 3), {"alone": True}, [[[1]], [[2]], [[3]]]),
                 ("100 files", apart(50, 50, 1), {}, [[[50, 50]], [[1]]]),
                 ("one that has more", apart(500, 1, 1), {}, [[[500]], [[1, 1]]]),
                 ("16 MB", apart(8, 8, 1, size=1 << 20), {}, [[[8, 8]], [[1]]]),
@@ -551,33 +551,31 @@ class Loads(RunningTest):
     def lanes(self, scans: List[List[dicomUpload.Part]], alone: bool = False, procs: int = 4,
               free: int = 1 << 40) -> List[List[List[int]]]:
         """How many files the parts have, by lanes and loads."""
-        settings = types.SimpleNamespace(procs=procs, compression=1, max_files=500)
+        settings = types.SimpleNamespace(procs=procs, compression=1)
         some: Any = types.SimpleNamespace(settings=settings, path=str(self.folder))
-        sender = dicomUpload.Sender(some, some, some, False)
+        sender = dicomUpload.Sender(some, some, some, alone)
         with mock.patch("shutil.disk_usage", lambda _: types.SimpleNamespace(free=free)):
-            lanes = list(sender.lanes_of(scans, alone))
+            lanes = list(sender.lanes_of(scans))
         sender.close()
         return [[[len(part.files) for part in load] for load in lane] for lane in lanes]
 
     def grow(self) -> str:
-        """A session whose six series go as a load of four and one of two; its subject. Before it
-        one that is the run's first, and goes by itself."""
+        """A session whose six series go as one, a load of four, and one; where its POSTs go.
+        Before it another one: what has no company goes side by side."""
         self.tree("001/pre/A_0001", *(f"002/pre/S_{number:04}" for number in range(1, 7)), files=1)
         return IMPORT + ".*EXPT_LABEL=002_pre"
 
     def test_small_series_share_a_connection_where_xnat_takes_them_side_by_side(self) -> None:
         self.tree(*(f"{subject:03}/pre/S_{number:04}" for subject in range(3)
                     for number in range(1, 7)), files=1)
-        by_itself, loads = 6 * [1], [2, 4]
-        for version, procs, connections in (("1.8.11", "1", [by_itself, loads, loads]),
-                                            ("1.8.11", "4", [by_itself, loads, loads]),
-                                            ("1.8.7", "4", 3 * [by_itself])):
+        for version, procs, connections in (("1.8.11", "1", [1, 1, 4]), ("1.8.11", "4", [1, 1, 4]),
+                                            ("1.8.7", "4", [1, 1, 1, 1, 1, 1])):
             with self.subTest(version=version, procs=procs), self.xnat(version=version) as server:
                 self.run_it(server, "--procs", procs, "--again", posts=18, commits=3)
                 ports = Counter((each.params["EXPT_LABEL"], each.port) for each in server.imports())
-                self.assertEqual(connections, sorted(
-                    sorted(count for (label, _), count in ports.items() if label == session)
-                    for _, session in server.archive))
+                for _, session in server.archive:
+                    self.assertEqual(connections, sorted(
+                        count for (label, _), count in ports.items() if label == session))
                 self.assert_whole(server)
 
     def test_what_meets_one_of_a_load_costs_the_others_nothing(self) -> None:
@@ -604,9 +602,9 @@ class Loads(RunningTest):
 
     def interrupted(self, server: Standin) -> Any:
         """A run that hangs in the third POST of a load."""
-        server.fail("stall before", self.grow(), skip=2, seconds=60)
+        server.fail("stall before", self.grow(), skip=3, seconds=60)
         process = self.start(self.arguments(server.url, "--procs", "1"))
-        self.assertTrue(server.wait_for(lambda: len(server.imports()) == 4, 30))
+        self.assertTrue(server.wait_for(lambda: len(server.imports()) == 5, 30))
         return process
 
     def test_a_run_that_is_killed_within_a_load_leaves_the_rest_to_the_next_one(self) -> None:
@@ -615,7 +613,7 @@ class Loads(RunningTest):
             process.kill()
             process.communicate(timeout=30)
             self.assert_alone(5)
-            self.run_it(server, "--procs", "1", posts=4, commits=1, words="already there")
+            self.run_it(server, "--procs", "1", posts=5, commits=1)
             self.assert_whole(server)
 
     def test_what_has_arrived_of_a_load_is_told_when_the_run_is_stopped(self) -> None:
@@ -624,11 +622,11 @@ class Loads(RunningTest):
             process.terminate()
             ran = self.ended(process)
             self.assertEqual(ran.status, 143, ran.text)
-            self.assertRegex(ran.out, "(?m)^2 files,")  # curl keeps its last answer to itself
+            self.assertRegex(ran.out, "(?m)^3 files,")  # curl keeps its last answer to itself
             self.assertRegex(ran.out, "do not archive by hand.*002_pre")
             self.assertNotIn(AGAIN, ran.err)
-            self.assertEqual(self.statuses("002"), "sent" + 5 * ", not sent")
-            self.run_it(server, "--procs", "1", posts=5, commits=1)
+            self.assertEqual(self.statuses("002"), "sent, sent" + 4 * ", not sent")
+            self.run_it(server, "--procs", "1", posts=4, commits=1)
             self.assert_whole(server)
 
     def test_what_arrived_beside_one_that_stops_the_run_is_noted(self) -> None:
@@ -638,20 +636,21 @@ class Loads(RunningTest):
             with self.subTest(fault), self.xnat() as server:
                 self.work = self.folder / fault.kind
                 server.faults.append(fault)
-                self.run_it(server, "--procs", "1", status=3, posts=5, commits=1)
-                self.assertEqual(self.statuses("002").count("not sent"), 3)
-                self.run_it(server, "--procs", "1", posts=3, commits=1)
+                self.run_it(server, "--procs", "1", status=3, posts=6, commits=1)
+                self.assertEqual(self.statuses("002"), "sent, not sent, sent, sent, sent, not sent")
+                self.run_it(server, "--procs", "1", posts=2, commits=1)
                 self.assert_whole(server)
 
     def test_what_has_arrived_of_a_load_is_noted_before_the_rest_is_waited_for(self) -> None:
         with self.xnat() as server:
-            server.fail("status", self.grow(), status=503, headers=(("Retry-After", "600"),))
+            server.fail("status", self.grow(), skip=1, status=503,
+                        headers=(("Retry-After", "600"),))
             process = self.start(self.arguments(server.url, "--procs", "1"))
             self.assertTrue(until(lambda: self.work.is_dir() and AGAIN in self.log()))
             process.kill()
             process.communicate(timeout=30)
-            self.assertEqual(self.ledger().read_text().count('"sent"'), 4)
-            self.run_it(server, "--procs", "1", posts=3, commits=1)
+            self.assertEqual(self.ledger().read_text().count('"sent"'), 5)
+            self.run_it(server, "--procs", "1", posts=2, commits=1)
             self.assert_whole(server)
 
     def test_a_curl_that_is_killed_within_a_load_costs_no_answer_that_it_has_told(self) -> None:
