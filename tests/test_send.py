@@ -511,7 +511,6 @@ class Loads(RunningTest):
         self.assertEqual([each.code for each in answers], [0, 0, 0])
         self.assertEqual(told, sorted(told), "in their order, and never back")
         self.assertEqual({at for at, share in told if share == 0.99}, {0, 1, 2})
-        self.assertGreater(len(told), 3)
 
     def test_how_far_it_is_may_come_in_any_pieces(self) -> None:
         told: List[Tuple[int, float]] = []
