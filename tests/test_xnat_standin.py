@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 from tests import xnat_standin
 from tests.dicom import README_TREE, dicom_file, dicomdir_file, digests, readme_tree, uid
 from tests.support import load_tests as load_tests  # they mostly wait: several at a time
+from tests.support import variation
 from tests.xnat_standin import Fault, Project, Standin, User
 
 TOP = Path(__file__).resolve().parent.parent
@@ -1954,6 +1955,7 @@ class AnotherProcess(unittest.TestCase):
         curl("-X", "POST", admin + "forget")
         self.assertEqual(json.loads(curl(admin + "requests").stdout), [])
 
+    @variation
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "needs /proc")
     def test_memory_stays_flat_whatever_is_sent(self) -> None:
         url = self.start() + IMPORT + "?import-handler=DICOM-zip&PROJECT_ID=BRAIN&EXPT_LABEL=big"
