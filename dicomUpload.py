@@ -2414,17 +2414,18 @@ class Sender:
                 outcome.answered.clear()
         return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
 
-    def lanes_of(self, scans: Iterable[List[Part]]) -> Iterator[List[List[Part]]]:
+    def lanes_of(self, scans: List[List[Part]]) -> Iterator[List[List[Part]]]:
         """What may go side by side: lanes of loads. In a lane one load is answered before the next
         one goes; the parts of a load go over one connection, one after another.
 
-        A load is one part; or several scans that are small together, unless there is one session
-        only: then they had better go side by side.
+        A load is one part; or several scans that are small together, as long as there are enough
+        loads to go side by side.
         """
         procs, load = self.xnat.settings.procs, []  # type: int, List[Part]
         # All loads have room on the disk together. Wrong logins lock an account: 20 do.
         free = shutil.disk_usage(self.workdir.path).free if self.workdir else LOAD * 2 * procs
-        most, count = min(LOAD, free // (2 * procs)), 1 if self.alone else min(4, 16 // procs)
+        most, count = min(LOAD, free // (2 * procs)), min(4, 16 // procs)
+        count = min(count, len(scans) // (4 * procs)) if self.alone else count
         for parts in scans:
             joined = load + parts
             if len(parts) > 1:
@@ -2748,7 +2749,7 @@ class Upload:
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room([file for part in load for file in part.files])
-                for lane in self.sender.lanes_of([part] for part in self.sender.cut(series))
+                for lane in self.sender.lanes_of([[part] for part in self.sender.cut(series)])
                 for load in lane])
 
 

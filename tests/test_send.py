@@ -536,6 +536,7 @@ class Loads(RunningTest):
                 ("three", apart(3, 3, 3), {}, [[[3, 3, 3]]]),
                 ("nine", apart(*range(1, 10)), {}, [[[1, 2, 3, 4]], [[5, 6, 7, 8]], [[9]]]),
                 ("an only session", apart(1, 2, 3), {"alone": True}, [[[1]], [[2]], [[3]]]),
+                ("a long only session", apart(*32 * [1]), {"alone": True}, 16 * [[[1, 1]]]),
                 ("100 files", apart(50, 50, 1), {}, [[[50, 50]], [[1]]]),
                 ("one that has more", apart(500, 1, 1), {}, [[[500]], [[1, 1]]]),
                 ("16 MB", apart(8, 8, 1, size=1 << 20), {}, [[[8, 8]], [[1]]]),
