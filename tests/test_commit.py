@@ -167,7 +167,8 @@ ROWS = [
     Row("a label of another subject", None, 0, 0, NEITHER, 1, "under subject someone | rename",
         before=others_label, mend=empty_archive),
     Row("a label of another study that no list tells", None, 0, 0, NEITHER, 1,
-        "another study.*1.2.3 | rename", before=other_study, mend=empty_archive, knobs=NO_LISTS),
+        "another study.*1.2.3 | rename", before=other_study, mend=empty_archive, knobs=NO_LISTS,
+        beside=True),
     Row("a label of another subject that no list tells", None, 0, 0, NEITHER, 1,
         "under subject someone | rename", before=others_label, mend=empty_archive, knobs=NO_LISTS),
     Row("another subject that comes while we send", None, 2, 1, BOTH, 1,
@@ -197,7 +198,7 @@ ROWS = [
     Row("a server that keeps no statistics", None, 2, 1, BOTH, 0, "archived, 4 files verified",
         knobs={"statistics": "never"}),
     Row("scans that come late", proxy(503, COUNT, times=3), 2, 1, BOTH, 0,
-        f"{AGAIN} | archived, 4 files verified", options="--retries 2"),
+        f"{AGAIN} | archived, 4 files verified", options="--retries 2", beside=True),
     Row("scans that are a web page", ever(on(
         "007_pre/scans", "answer", status=200, body=b"<html><h1>Maintenance</h1></html>",
         headers=(("Content-Type", "text/html"),))), 0, 0, NEITHER, 1,
