@@ -1088,6 +1088,14 @@ class Workdir:
                 self._room.notify_all()
 
 
+def free_at(path: str) -> int:
+    """Bytes that are free where a folder is, or would be."""
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
 def zip_room(files: List[File]) -> int:
     """Bytes that a zip of these files never exceeds, with some for ledger and log beside it."""
     # What does not shrink grows by 5 in 32,768; names stand twice, with less than 256 around them.
@@ -1403,6 +1411,7 @@ class Curl:
     def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
                      ) -> None:
         """Wait, longer with each try. Of many who wait for a server that is gone one tells it."""
+        self.programs.pause(0)  # after a stop nobody waits
         # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes. After silence and
         # a proxy's 504 the first import may go on: XNAT needs 46 to 75 ms a file.
         least = 0.15 * files if meaning.goes_on else answer.retry_after
@@ -1687,11 +1696,6 @@ class Xnat(Curl):
                  "prevent_auto_commit": "true"}  # else five idle minutes archive half a session
         return self.send("/data/services/import?" + urlencode(query), zips, moved)
 
-    def is_ours(self, answer: Optional[Answer]) -> bool:
-        """Whether an answer to a POST has an address in our project."""
-        found = ADDRESS.search(answer.body.strip()) if answer else None
-        return bool(found and found[1] == self.project)
-
     def post(self, session: Session, series: Series, files: int, zipped: str,
              moved: Callable[[float], None], tried: Optional[Answer] = None) -> str:
         """POST a zip of so many files until it is sent, refused or out of tries; its address.
@@ -1927,6 +1931,12 @@ def scan_uids(answer: Answer) -> Dict[str, str]:
     scans = [dict(re.findall(r'\b(ID|UID)="([^"]*)"', scan))
              for scan in re.findall(r"<(?:\w+:)?scan\s([^>]*)>", answer.body)]
     return {html.unescape(scan["ID"]): scan.get("UID", "") for scan in scans if "ID" in scan}
+
+
+def project_of(answer: Optional[Answer]) -> str:
+    """Where XNAT has put what was posted, '' if the answer does not tell."""
+    found = ADDRESS.search(answer.body.strip()) if answer else None
+    return found[1] if found else ""
 
 
 def address_of(row: Row) -> str:
@@ -2423,8 +2433,8 @@ class Sender:
         """
         procs, load = self.xnat.settings.procs, []  # type: int, List[Part]
         # All loads have room on the disk together. Wrong logins lock an account: 20 do.
-        free = shutil.disk_usage(self.workdir.path).free if self.workdir else LOAD * 2 * procs
-        most, count = min(LOAD, free // (2 * procs)), min(4, 16 // procs)
+        most = min(LOAD, free_at(self.xnat.settings.workdir) // (2 * procs))
+        count = min(4, 16 // procs)
         count = min(count, len(scans) // (4 * procs)) if self.alone else count
         for parts in scans:
             joined = load + parts
@@ -2511,9 +2521,10 @@ class Sender:
                 with caught(each.part.series.problems), self.level.at(
                         "posting", sum(every.bytes for every in zips)):
                     answers = xnat.post_once(session, [every.path for every in zips], moved)
-            # What has arrived is noted before the others end the run, or are waited for.
-            for each, tell, tried in sorted(itertools.zip_longest(zips, moved, answers),
-                                            key=lambda one: not xnat.is_ours(one[2])):
+            # What has arrived is noted first; nobody is waited for if some went somewhere else.
+            for each, tell, tried in sorted(
+                    itertools.zip_longest(zips, moved, answers), key=lambda one: (
+                        not project_of(one[2]), project_of(one[2]) != xnat.project)):
                 series = each.part.series
                 with caught(series.problems):
                     if tried or not series.problems:
@@ -3160,10 +3171,7 @@ class Teller(Screen):
 
     def _tell_room(self, upload: Upload) -> None:
         """What a dry run says of the workdir's disk."""
-        folder = os.path.abspath(self.settings.workdir)
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
-        free, need = size(shutil.disk_usage(folder).free), size(sum(upload.largest))
+        free, need = size(free_at(self.settings.workdir)), size(sum(upload.largest))
         self.line(f"Room for zips in {self.settings.workdir}: {free} free, up to {need} needed "
                   "at once")
 

@@ -368,7 +368,7 @@ class Waits(unittest.TestCase):
     def test_they_grow_and_none_is_longer_than_minutes_however_many_retries(self) -> None:
         waits: List[float] = []
         settings: Any = types.SimpleNamespace(retries=9999)
-        programs: Any = types.SimpleNamespace(pause=waits.append)
+        programs: Any = types.SimpleNamespace(pause=lambda each: waits.append(each) if each else 0)
         teller: Any = types.SimpleNamespace(say=str, log=str)
         curl = dicomUpload.Curl(settings, programs, teller)
         answer = dicomUpload.Answer(0, 503, "")
@@ -380,7 +380,7 @@ class Waits(unittest.TestCase):
     def test_after_a_lost_answer_xnat_gets_the_time_to_finish(self) -> None:
         waits: List[float] = []
         settings: Any = types.SimpleNamespace(retries=1)
-        programs: Any = types.SimpleNamespace(pause=waits.append)
+        programs: Any = types.SimpleNamespace(pause=lambda each: waits.append(each) if each else 0)
         teller: Any = types.SimpleNamespace(say=str, log=str)
         for answer in dicomUpload.Answer(0, 504, ""), dicomUpload.Answer(28, 0, ""):
             dicomUpload.Curl(settings, programs, teller).wait_to_heal(
@@ -555,8 +555,8 @@ class Loads(RunningTest):
     def lanes(self, scans: List[List[dicomUpload.Part]], alone: bool = False, procs: int = 4,
               free: int = 1 << 40) -> List[List[List[int]]]:
         """How many files the parts have, by lanes and loads."""
-        settings = types.SimpleNamespace(procs=procs, compression=1)
-        some: Any = types.SimpleNamespace(settings=settings, path=str(self.folder))
+        settings = types.SimpleNamespace(procs=procs, compression=1, workdir=str(self.folder))
+        some: Any = types.SimpleNamespace(settings=settings)
         sender = dicomUpload.Sender(some, some, some, alone)
         with mock.patch("shutil.disk_usage", lambda _: types.SimpleNamespace(free=free)):
             lanes = list(sender.lanes_of(scans))
@@ -636,6 +636,32 @@ class Loads(RunningTest):
             self.assertNotIn(AGAIN, ran.err)
             self.assertEqual(self.statuses("002"), "sent, sent" + 4 * ", not sent")
             self.run_it(server, "--procs", "1", posts=4, commits=1)
+            self.assert_whole(server)
+
+    def test_another_project_is_told_before_anybody_is_waited_for(self) -> None:
+        where = self.grow()
+        for first in (proxy(503, where, skip=1, retry_after="600"),
+                      on(where, "login page", skip=1)):
+            with self.subTest(first), self.xnat() as server:
+                self.work = self.folder / first.kind
+                server.faults.append(first)
+                server.faults.append(on(where, "other project", skip=2))
+                ran = self.run_it(server, "--procs", "1", status=3, posts=6, words="do not run "
+                                  "again, have it deleted there")
+                self.assertNotIn(AGAIN, ran.err)
+
+    def test_after_a_stop_nobody_waits_for_what_could_heal(self) -> None:
+        where = self.grow()
+        with self.xnat() as server:
+            server.faults.append(proxy(503, where, skip=1))
+            server.fail("stall before", where, skip=2, seconds=60)
+            process = self.start(self.arguments(server.url, "--procs", "1"))
+            self.assertTrue(server.wait_for(lambda: len(server.imports()) == 5, 30))
+            process.terminate()
+            ran = self.ended(process)
+            self.assertEqual(ran.status, 143, ran.text)
+            self.assertNotIn(AGAIN, ran.text)
+            self.run_it(server)
             self.assert_whole(server)
 
     def test_what_arrived_beside_one_that_stops_the_run_is_noted(self) -> None:
