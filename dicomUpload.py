@@ -1330,8 +1330,10 @@ class Curl:
 
         def watch(said: bytes) -> None:
             nonlocal over, bar
-            over += said.count(b"\n")  # ends a bar
-            bar = (bar + said).rpartition(b"\n")[2][-200:]
+            *ended, bar = (bar + said).split(b"\n")
+            for tell in moved[over:over + len(ended)]:
+                tell(0.99)
+            over, bar = over + len(ended), bar[-200:]
             percent = re.findall(rb"(\d+\.\d)%", bar)
             if percent and over < len(moved):
                 moved[over](min(0.99, float(percent[-1]) / 100))

@@ -531,7 +531,8 @@ class Loads(RunningTest):
         programs: Any = types.SimpleNamespace(run=run, stopping=threading.Event())
         curl = dicomUpload.Curl(settings, programs, types.SimpleNamespace(log=str))  # type: ignore
         curl.send("", ["a", "b"], [lambda share, at=at: told.append((at, share)) for at in (0, 1)])
-        self.assertEqual(told, [(0, 0.495), (0, 0.495), (0, 0.99), (1, 0.05)])
+        self.assertEqual(told, [(0, 0.495), (0, 0.495), (0, 0.99), (0, 0.99), (1, 0.05),
+                                (1, 0.99)])
 
     def test_four_small_scans_at_most_share_a_load(self) -> None:
         for title, scans, limits, wanted in (
