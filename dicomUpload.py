@@ -1318,7 +1318,7 @@ class Curl:
     def send(self, path: str, zips: Sequence[str], moved: Sequence[Callable[[float], None]]
              ) -> List[Answer]:
         """POST zips (of one folder) over one connection, each tried once; the answers, up to the
-        first that did not come, or the last that came before the run was stopped.
+        first that did not come, be it that the run was stopped.
 
         `moved` is told from time to time how much of each zip has gone out, 0 to 1.
         """
@@ -1345,8 +1345,7 @@ class Curl:
         answers = self._run([(path, options + [
             "--form", f"file=@{os.path.basename(zipped)};type=application/zip"])
             for zipped in zips], os.path.dirname(zips[0]), watch, whole=False)
-        came = sum(not each.code for each in answers)
-        return answers[:came if self.programs.stopping.is_set() else came + 1]
+        return answers[:sum(not each.code for each in answers) + 1]
 
     def _run(self, requests: Sequence[Tuple[str, List[str]]], folder: str = "/",
              watch: Callable[[bytes], None] = lambda _: None, whole: bool = True) -> List[Answer]:

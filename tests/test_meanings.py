@@ -50,6 +50,7 @@ class Meanings(unittest.TestCase):
         (52, 0, "Empty reply from server", "connection broke", True, True),
         (55, 0, "Send failure: Broken pipe", "connection broke", True, True),
         (56, 0, "Recv failure", "connection broke", True, True),
+        (65, 0, "necessary data rewind was not possible", "connection broke", True, True),
         (60, 0, "SSL certificate problem: certificate has expired", "XNAT admin", False,
          False),
         (60, 0, "certificate is not yet valid", "clock", False, False),

@@ -548,6 +548,7 @@ class Loads(RunningTest):
                  [[[4, 4]], [[4]]]),
                 ("nine uploads, who could lock the account", apart(1, 1, 1), {"procs": 9},
                  [[[1]], [[1]], [[1]]]),
+                ("a scan of two parts", [parts(1), parts(2, 3)], {}, [[[2], [3]], [[1]]]),
                 ("a scan of several parts keeps its order", [parts(1), parts(2, 3, 4), parts(5)],
                  {}, [[[2], [3], [4]], [[1, 5]]])):
             with self.subTest(title):
@@ -609,6 +610,18 @@ class Loads(RunningTest):
                    (on(where, "reset during", after_bytes=200, skip=2), 8, "sent"),
                    (on(where, "truncate", skip=2), 8, "sent"),
                    (on(where, "drop sessions", skip=2), 7, "sent"))
+
+    def test_a_folder_of_several_scans_is_not_sent_if_one_of_them_is_refused(self) -> None:
+        for number in range(1, 5):
+            write_series(self.root / "002/pre/S_0001", study=uid("002", "pre"), number=number,
+                         files=1, series=uid(number), name=f"E{number}_{{:04d}}.dcm")
+        self.tree("001/pre/A_0001")
+        with self.xnat() as server:
+            server.faults.append(page(400, "no", IMPORT + ".*EXPT_LABEL=002_pre", skip=1))
+            self.run_it(server, "--max-files", "1", status=1, posts=6, commits=1)
+            self.assertEqual(self.statuses("002"), "not sent")
+            self.run_it(server, posts=1, commits=1)
+            self.assert_whole(server)
 
     def interrupted(self, server: Standin) -> Any:
         """A run that hangs in the third POST of a load."""
