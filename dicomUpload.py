@@ -2400,30 +2400,35 @@ class Sender:
 
     def send(self, outcome: Outcome, addresses: List[str]) -> List[str]:
         """POST what is missing, part by part; the addresses where the session lies now."""
-        procs = self.xnat.settings.procs
-        side_by_side = self.xnat.takes_side_by_side()
-        first = next(self.first, 0) if any(each.missing for each in outcome.series) else 0
+        missing = sum(bool(each.missing) for each in outcome.series)
+        first = next(self.first, 0) if missing else 0
         # While a long session is the only one, nobody works until its first answer has come: one
         # file is enough to make the session.
-        if side_by_side and self.alone and not addresses and sum(
-                bool(each.missing) for each in outcome.series) > procs > 1:
+        if self.alone and not addresses and missing > self.xnat.settings.procs > 1 and (
+                self.xnat.takes_side_by_side()):
             first = 1
-        scans: Dict[str, List[Part]] = defaultdict(list)  # in each, parts must not meet
-        for part in self.cut(outcome.series, first):
-            scans[part.files[0].series if side_by_side else ""].append(part)
-        groups = list(scans.values())
-        opening = 0 if outcome.address else 1  # the answer to the first part makes the session
-        lanes = [*self.lanes_of(groups[:opening]), *self.lanes_of(groups[opening:])]
-        if lanes and procs == 1:
-            lanes = [list(itertools.chain(*lanes))]
         jobs = []
-        for lane in lanes:
+        for lane in self.plan(outcome, first):
             jobs.append(self.lanes.submit(self.xnat.programs.guarded, self._send_lane, outcome,
                                           lane))
             if not outcome.address:
                 outcome.answered.wait()
                 outcome.answered.clear()
         return list(dict.fromkeys(addresses + [each for job in jobs for each in job.result()]))
+
+    def plan(self, outcome: Outcome, first: int = 0) -> List[List[List[Part]]]:
+        """What is missing of a session, as it goes: lanes of loads; the first part of at most so
+        many files, if that is told."""
+        side_by_side = self.xnat.takes_side_by_side()
+        scans: Dict[str, List[Part]] = defaultdict(list)  # in each, parts must not meet
+        for part in self.cut(outcome.series, first):
+            scans[part.files[0].series if side_by_side else ""].append(part)
+        groups = list(scans.values())
+        opening = 0 if outcome.address else 1  # the answer to the first part makes the session
+        lanes = [*self.lanes_of(groups[:opening]), *self.lanes_of(groups[opening:])]
+        if lanes and self.xnat.settings.procs == 1:
+            lanes = [list(itertools.chain(*lanes))]
+        return lanes
 
     def lanes_of(self, scans: List[List[Part]]) -> Iterator[List[List[Part]]]:
         """What may go side by side: lanes of loads. In a lane one load is answered before the next
@@ -2514,14 +2519,15 @@ class Sender:
     def _post(self, outcome: Outcome, zips: List[Zip]) -> List[str]:
         """POST all of a load, then go on with each that has no good answer; their addresses."""
         xnat, session, addresses = self.xnat, outcome.session, []  # type: Xnat, Session, List[str]
+        if not zips:
+            return addresses
         with ExitStack() as stack:
             moved = [stack.enter_context(xnat.teller.at_work(
                 f"{session.label} {each.part.series.name}", each.part.files)) for each in zips]
             answers: List[Answer] = []
-            for each in zips[:1]:
-                with caught(each.part.series.problems), self.level.at(
-                        "posting", sum(every.bytes for every in zips)):
-                    answers = xnat.post_once(session, [every.path for every in zips], moved)
+            with caught(zips[0].part.series.problems), self.level.at(
+                    "posting", sum(each.bytes for each in zips)):
+                answers = xnat.post_once(session, [each.path for each in zips], moved)
             # What has arrived is noted first; nobody is waited for if some went somewhere else.
             for each, tell, tried in sorted(
                     itertools.zip_longest(zips, moved, answers), key=lambda one: (
@@ -2761,8 +2767,7 @@ class Upload:
         with self._lock:
             self.largest = heapq.nlargest(2 * self.settings.procs, self.largest + [
                 zip_room([file for part in load for file in part.files])
-                for lane in self.sender.lanes_of([[part] for part in self.sender.cut(series)])
-                for load in lane])
+                for lane in self.sender.plan(outcome) for load in lane])
 
 
 def check_parts(memory: Memory, series: List[Series], addresses: List[str]) -> None:

@@ -560,7 +560,7 @@ class WhatItTakes(RunningTest):
 
     def test_files_are_opened_after_the_login_and_those_of_a_few_sessions_before_the_first_post(
             self) -> None:
-        for number in range(10):
+        for number in range(24):
             write_series(self.root / f"{number:03}" / "s" / "T1", study=uid(number), files=3,
                          rows=1)
         opened = self.home / "opened"
@@ -576,7 +576,7 @@ class WhatItTakes(RunningTest):
                 server.store.archive.clear()
                 at_post.clear()
                 self.upload_watched(server, "--procs", str(procs), "--again")
-                self.assertEqual(len(set(self.opened())), 30)
+                self.assertEqual(len(set(self.opened())), 72)
                 # As many as are read and packed while others are posted, and their look-ahead.
                 self.assertLessEqual(at_post[0], 2 * procs, "before the first POST")
             server.fail("error page", "POST /data/JSESSION", status=401, text="no")
@@ -588,7 +588,7 @@ class WhatItTakes(RunningTest):
             ran = self.upload_watched(server)
             self.assertEqual(self.opened(), [])
             there = re.findall("(?m)^[0-9]{3}_s +already there, 3 files", ran.out)
-            self.assertEqual(len(there), 10)
+            self.assertEqual(len(there), 24)
             # One file has: its series is read, and no other session.
             (self.root / "007/s/T1/IM0001.dcm").touch()
             self.upload_watched(server)
