@@ -121,6 +121,11 @@ def variation(test: Any) -> Any:
     return unittest.skipUnless(WHOLE, "a variation: runs with DICOMUPLOAD_TEST_ALL=1")(test)
 
 
+def or_at_hand(table: Dict[str, Any], *names: str) -> Dict[str, Any]:
+    """A table whole in a full run; at hand those of its rows that go ways of their own."""
+    return table if WHOLE else {name: table[name] for name in names}
+
+
 class UploadTest(unittest.TestCase):
     """A test with a folder of its own, and the real command run in it."""
 

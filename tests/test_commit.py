@@ -140,7 +140,7 @@ ROWS = [
     Row("a commit whose session was deleted", None, 2, 1, BOTH, 1, "no longer|gone|deleted",
         before=row_deleted_at_commit),
     Row("a commit that goes on after 504", on(COMMIT, "background"), 2, 1, BOTH, 0,
-        "archived, 4 files", knobs={"build_delay": 0.5, "archive_seconds": 1}),
+        "archived, 4 files", knobs={"build_delay": 0.5, "archive_seconds": 1}, beside=True),
     Row("a commit that takes longer than XNAT waits", None, 2, 1, BOTH, 0, "archived, 4 files",
         knobs={"archive_timeout": 0.3, "archive_seconds": 1.5}),
     Row("a server session that expires before its commit", on(COMMIT, "drop sessions"), 2, 1, BOTH,
@@ -159,7 +159,7 @@ ROWS = [
     # -- what the archive holds already
     Row("the same images", None, 0, 0, THERE, 0, "already there, 4 files", before=already_there),
     Row("the same images by other names", None, 0, 0, THERE, 0, "already there, 4 files",
-        before=already_there_renamed),
+        before=already_there_renamed, beside=True),
     Row("the same images with --overwrite-files", None, 0, 0, THERE, 0, "already there, 4 files",
         before=already_there, options="--overwrite-files", beside=True),
     Row("a label of another study", None, 0, 0, NEITHER, 1, "another study.*1.2.3 | rename",
@@ -174,7 +174,8 @@ ROWS = [
     Row("another subject that comes while we send", None, 2, 1, BOTH, 1,
         "another Subject | rename", before=others_label_meanwhile, mend=empty_archive),
     Row("a conflict whose answer was lost", on(COMMIT, "reset after"), 2, 2, BOTH, 1,
-        "another Subject | rename", before=others_label_meanwhile, mend=empty_archive),
+        "another Subject | rename", before=others_label_meanwhile, mend=empty_archive,
+        beside=True),
     Row("another study that comes while we send", None, 2, 1, BOTH, 1, "session UID | rename",
         before=other_study_meanwhile, mend=empty_archive),
     Row("another study that comes while we send, 1.7.5", None, 2, 1, BOTH, 1,
@@ -186,7 +187,7 @@ ROWS = [
     Row("more files than sent", counted(2, 7), 2, 1, BOTH, 0,
         "7 files where.* 2\\b | archived, 4 files verified", more=says_the_same),
     Row("counts that come late", proxy(503, "scans/1/resources"), 2, 1, BOTH, 0,
-        f"{AGAIN} | 4 files verified", knobs={"all_scans": False}),
+        f"{AGAIN} | 4 files verified", knobs={"all_scans": False}, beside=True),
     Row("counts that cannot be read", ever(page(500, "boom", where="scans/1/resources")), 2, 1,
         BOTH, 1, "HTTP 500, boom", knobs={"all_scans": False}),
     Row("a server that does not know ALL", None, 2, 1, BOTH, 0, "archived, 4 files verified",
@@ -242,6 +243,7 @@ class Counts(FaultTest):
         self.assertIn(f'"{event}"', last.decode())
         self.ledger().write_bytes(b"".join(lines))
 
+    @variation
     def test_a_series_added_to_a_session_under_review_is_counted_with_it(self) -> None:
         self.tree(A)
         with self.xnat() as server:
@@ -262,6 +264,7 @@ class Counts(FaultTest):
             self.assert_whole(server)
             self.stays_so(server)
 
+    @variation
     def test_a_series_that_is_short_is_told_where_the_answer_to_the_commit_was_lost(self) -> None:
         self.tree(A)
         self.filtered(B, 4, dropped=2)
@@ -269,6 +272,7 @@ class Counts(FaultTest):
             server.fail("reset after", COMMIT)
             self.run_it(server, status=1, posts=2, commits=1, words=SHORT)
 
+    @variation
     def test_a_series_that_is_short_is_told_where_the_commit_was_not_noted(self) -> None:
         self.tree(A)
         self.filtered(B, 4, dropped=2)
@@ -277,6 +281,7 @@ class Counts(FaultTest):
             self.forget_last_line("ended")
             self.run_it(server, status=1, words="B_0002 | Failed .1")
 
+    @variation
     def test_a_series_that_is_short_is_told_in_a_session_under_review(self) -> None:
         self.tree(A)
         with self.xnat(**FILTER) as server:
@@ -319,6 +324,7 @@ class Counts(FaultTest):
             self.stays_so(server, project="OVER")
             self.assert_whole(server)
 
+    @variation
     def test_a_commit_that_was_not_noted_is_recognized_also_where_images_lie_twice(self) -> None:
         self.tree(A, files=3)
         shutil.copytree(str(self.root / A), str(self.root / A / "copy"))
@@ -380,18 +386,22 @@ class SessionsThatGoOn(FaultTest):
             self.assertEqual(set(server.instances("007_pre").values()), {1})
             self.stays_so(server)
 
+    @variation
     def test_a_series_touched_while_its_session_is_held_back_is_archived_with_it(self) -> None:
         self.changed_while_held_back(lambda: self.touch(f"{A}/IM0001.dcm"))
 
+    @variation
     def test_a_series_that_loses_a_file_while_held_back_is_archived_with_it(self) -> None:
         self.changed_while_held_back((self.root / A / "IM0001.dcm").unlink)
 
+    @variation
     def test_a_series_that_gains_a_file_while_held_back_is_archived_with_it(self) -> None:
         self.changed_while_held_back(lambda: self.tree(A, files=4))
 
     def test_a_series_whose_images_change_while_held_back_is_archived_as_it_is_now(self) -> None:
         self.changed_while_held_back(lambda: self.tree(A, files=3, rows=24))
 
+    @variation
     def test_a_series_that_was_a_then_b_then_a_again_is_not_called_there(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -509,6 +519,7 @@ class SessionsThatGoOn(FaultTest):
                         project="MANUAL")
             self.assert_whole(server, archived=False)
 
+    @variation
     def test_what_somebody_has_deleted_from_the_archive_is_told_and_sent_anew_with_again(
             self) -> None:
         self.tree()
@@ -541,6 +552,7 @@ class SessionsThatGoOn(FaultTest):
             self.run_it(server, status=0, posts=1, commits=1, words="archived, 4 files verified")
             self.in_other_case(server, 4)
 
+    @variation
     def test_a_subject_whose_case_differs_in_xnat_is_found_when_the_commit_is_not_answered(
             self) -> None:
         with self.xnat() as server:

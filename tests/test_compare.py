@@ -254,6 +254,7 @@ class AllIsThere(CompareTest):
                 self.assertEqual(self.there(server).about("007_pre"), [])
                 self.elsewhere()
 
+    @variation
     def test_a_part_under_the_names_of_its_uids_is_completed(self) -> None:
         series = uid(uid("007", "pre"), 1)
         self.plant(ONE, TWO, files=3)
@@ -284,6 +285,7 @@ class AllIsThere(CompareTest):
             self.assertEqual(len(seen.sent), 2)
             self.whole(server)
 
+    @variation
     def test_series_that_are_missing_beside_one_in_doubt_are_held_back(self) -> None:
         self.plant(ONE, TWO, files=3)
         with self.xnat() as server:
@@ -297,6 +299,7 @@ class AllIsThere(CompareTest):
             self.run_once(server, *self.advice(seen.ran))
             self.whole(server)
 
+    @variation
     def test_listings_that_are_refused_are_asked_per_session(self) -> None:
         for refused in cases(("archive", "prearchive"), ("archive",), ("prearchive",)):
             with self.subTest(refused=refused), self.xnat(refuse_lists=refused) as server:
@@ -375,6 +378,7 @@ class SomethingIsNew(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_of_files_with_one_base_name_the_third_is_sent(self) -> None:
         for ledger in cases(False, True):
             with self.subTest(ledger=ledger), self.xnat() as server:
@@ -508,6 +512,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.elsewhere()
             self.there(server)
 
+    @variation
     def test_what_an_earlier_run_sent_of_a_session_has_changed_when_its_bytes_have(self) -> None:
         with self.xnat() as server:
             self.held_back(server, ONE, TWO)
@@ -532,6 +537,7 @@ class WhatTheLedgerKnows(CompareTest):
                 self.told(server, "007_pre: XNAT's archive has another study under the label",
                           *options)
 
+    @variation
     def test_another_subject_that_has_our_session_now_is_told(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
@@ -582,6 +588,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.run_once(server, "--config", str(config))
             self.assertEqual(len(server.files("007_pre")), 4)
 
+    @variation
     def test_a_new_image_under_the_name_of_one_that_is_there_is_told_after_any_removal(self
                                                                                        ) -> None:
         def later(name: str, instance: int) -> None:
@@ -641,6 +648,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.image(f"007/{ONE}", 3)
             self.told(server, "its UIDs changed by a script of the site", project="MANUAL")
 
+    @variation
     def test_what_another_machine_has_added_meanwhile_is_there(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
@@ -671,6 +679,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.run_once(server, *self.advice(seen.ran))
             self.run_once(server)
 
+    @variation
     def test_series_that_were_renamed_split_merged_or_left_as_one_of_two_are_not_gone(self
                                                                                       ) -> None:
         def rename(pre: Path) -> None:
@@ -725,6 +734,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.assertRegex(seen.ran.out, "007_pre +in the prearchive, waiting for review")
             self.foretold(server, "007_pre +in the prearchive, would be archived")
 
+    @variation
     def test_what_is_archived_and_what_was_added_for_review_are_there_together(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
@@ -746,6 +756,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.run_once(server)
             self.whole(server)
 
+    @variation
     def test_a_file_of_another_series_makes_no_known_series_forgotten(self) -> None:
         self.plant(ONE)
         folder = self.root / "007" / ONE
@@ -813,6 +824,7 @@ class InThePrearchive(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_a_run_killed_in_the_middle_is_completed_without_its_workdir(self) -> None:
         self.plant(ONE, files=4)
         with self.xnat() as server:
@@ -828,6 +840,7 @@ class InThePrearchive(CompareTest):
             self.assertEqual((seen.commits, seen.builds), (["007_pre"], ["007_pre"]))
             self.whole(server)
 
+    @variation
     def test_what_another_tool_left_under_other_names_is_committed_and_not_sent(self) -> None:
         self.plant(ONE, TWO)
         with self.xnat() as server:
@@ -896,6 +909,7 @@ class InThePrearchive(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_a_copy_is_no_matter_where_xnat_replaces_what_it_has(self) -> None:
         for project, options in cases(("OVER", ()), ("BRAIN", ("--overwrite-files",))):
             with self.subTest(project=project), self.xnat() as server:
@@ -916,6 +930,7 @@ class InThePrearchive(CompareTest):
             self.image(f"007/{ONE}", 3)
             self.told(server, "copy of what is archived")
 
+    @variation
     def test_two_machines_each_send_a_half(self) -> None:
         halves = {"one": ONE, "two": TWO}
         for order in cases(("one", "two"), ("two", "one")):
@@ -949,6 +964,7 @@ class InThePrearchive(CompareTest):
             self.assertEqual(seen.sent, [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
             self.whole(server)
 
+    @variation
     def test_a_row_that_went_and_came_again_elsewhere_is_joined(self) -> None:
         self.plant(ONE, TWO)
         with self.xnat() as server:
@@ -988,6 +1004,7 @@ class Review(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_without_its_ledger_it_is_left_there_too(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:
@@ -1037,6 +1054,7 @@ class Deleted(CompareTest):
             seen = self.run_once(server, *self.advice(seen.ran), status=1)
             self.assertEqual(len(server.files("007_pre")), 2)
 
+    @variation
     def test_a_session_deleted_from_the_prearchive_comes_only_when_it_is_asked_for(self) -> None:
         self.plant(ONE, TWO)
         with self.xnat() as server:
@@ -1044,6 +1062,7 @@ class Deleted(CompareTest):
                          more=lambda: self.image(f"007/{ONE}", 3))
             self.assertEqual(len(server.files("007_pre")), 5)
 
+    @variation
     def test_a_scan_deleted_from_the_archive_comes_only_when_it_is_asked_for(self) -> None:
         for series in cases((ONE, TWO), (ONE,)):  # among others, and the only one
             with self.subTest(series=series), self.xnat() as server:
@@ -1121,6 +1140,7 @@ class SomethingElseIsThere(CompareTest):
             self.assertEqual(self.advice(seen.ran),
                              ["--overwrite-files", "--again", "--only", "007/pre"])
 
+    @variation
     def test_subjects_are_the_same_in_any_case(self) -> None:
         self.plant(ONE, subject="Sub1")
         with self.xnat() as server:
@@ -1179,6 +1199,7 @@ class Scripts(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_another_study_in_the_folder_is_never_taken_for_what_the_ledger_knows(self) -> None:
         for files in cases(1, 2, 3):
             with self.subTest(files=files), self.xnat() as server:
@@ -1252,6 +1273,7 @@ class Changed(CompareTest):
             self.run_once(server, "--overwrite-files")
             self.whole(server)
 
+    @variation
     def test_a_change_is_seen_after_other_series_were_added_to_and_after_a_touch(self) -> None:
         self.plant(ONE, TWO)
         with self.xnat() as server:
@@ -1306,6 +1328,7 @@ class TooFew(CompareTest):
             self.assertEqual(seen.sent, [("007_pre", ["IM0003.dcm"])])
             self.whole(server)
 
+    @variation
     def test_where_uids_are_not_told_the_total_counts(self) -> None:
         for knobs in cases({"site_script": ["uids"]}, {"project_script": ["uids"]}):
             with self.subTest(knobs=knobs), self.xnat(**knobs) as server:  # type: ignore

@@ -24,7 +24,8 @@ from typing import Any, Callable, Dict, List
 
 import dicomUpload
 from tests.dicom import digests, readme_tree, uid, write_series
-from tests.support import EXCLUSIONS, ROOT, Ran, UploadTest, missing, need, sealed_environment
+from tests.support import (EXCLUSIONS, ROOT, Ran, UploadTest, missing, need,
+                           sealed_environment, variation)
 from tests.xnat_standin import Standin
 
 ONCE = True  # the Python that it runs on makes no difference
@@ -262,6 +263,7 @@ class TheWrapper(Containers):
         (self.bin / "docker").write_text(CLIENT.format(socket=socket))
         (self.bin / "docker").chmod(0o755)
 
+    @variation
     def test_a_user_of_docker_sends_mends_and_reruns(self) -> None:
         self.docker()
         self.home.chmod(0o777)
@@ -295,6 +297,7 @@ class TheWrapper(Containers):
             self.assertEqual(self.owners(), {(CALLER, CALLER)})
         self.assertEqual(digests(self.root), self.before)
 
+    @variation
     def test_a_user_of_podman_has_it_sealed_and_a_signal_ends_it(self) -> None:
         password = "s3 c\"r'e$t\\"
         with self.xnat() as server:
@@ -342,6 +345,7 @@ class TheWrapper(Containers):
             except OSError:
                 pass
 
+    @variation
     def test_an_image_that_is_not_there_is_built_by_the_command_that_it_tells(self) -> None:
         name = "localhost/dicomupload-test:%d" % os.getpid()
         with self.xnat() as server:
@@ -373,6 +377,7 @@ class TheImage(Containers):
         for words in (r"Python 3\.(8|9|\d\d)\.", r"curl [78]\.", r"Zip 3\.0", r"dicomUpload \d"):
             self.assertRegex(shown, words)
 
+    @variation
     def test_by_itself_it_is_nobody_and_says_that_nothing_will_stay(self) -> None:
         done = subprocess.run(
             ["podman", "run", "--rm", IMAGE, "sh", "-c", "id -u; grep ^CapEff /proc/self/status; "

@@ -9,7 +9,7 @@ import unittest
 from typing import Any, List
 
 import dicomUpload
-from tests.support import UploadTest
+from tests.support import UploadTest, variation
 from tests.support import load_tests as load_tests  # several at a time
 
 ADDRESS = "/data/prearchive/projects/BRAIN/20200102_101500123/007_pre"
@@ -174,6 +174,7 @@ class Sentences(unittest.TestCase):
                 self.assertNotIn("<", found)
                 self.assertNotIn("technical details", found)
 
+    @variation
     def test_a_sentence_without_end_is_cut(self) -> None:
         for body in (b"x" * 100_000, b"<h3>" + b"y " * 100_000 + b"</h3>", b"<p>" * 50_000):
             self.assertLess(len(page(body).evidence), 400)

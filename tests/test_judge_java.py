@@ -148,6 +148,7 @@ class WhatJavaReads(UploadTest):
             file.write_bytes(dicom_file(study=uid("names"), series=uid("names", path.name),
                                         instance=number, pixels=pixels))
 
+    @variation
     def test_names_and_bytes_come_out_at_every_compression(self) -> None:
         session = self.root / "007" / "pre"
         self.write(session / "A_0001", NAMES)

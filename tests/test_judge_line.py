@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 from tests.dicom import uid, write_series
-from tests.support import SCRIPT, need, slow
+from tests.support import SCRIPT, need, slow, variation
 from tests.support import load_tests as load_tests  # these mostly wait: all at a time
 from tests.running import RunningTest, until
 from tests.xnat_standin import Standin
@@ -149,6 +149,7 @@ class LineTest(RunningTest):
             self.tidy(ran)
 
     @slow
+    @variation
     def test_a_line_that_is_down_for_good_is_told_and_the_next_run_completes(self) -> None:
         self.series()
         with self.line(20) as line:

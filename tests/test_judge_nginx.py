@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
-from tests.support import Ran, missing, need
+from tests.support import Ran, missing, need, variation
 from tests.running import AGAIN, RunningTest, until
 from tests.xnat_standin import Standin
 
@@ -323,6 +323,7 @@ class Limits(NginxTest):
         self.server.knobs.seconds_per_file = 0
         return False
 
+    @variation
     def test_a_part_that_always_outlasts_the_proxy_is_told_with_a_remedy_that_works(self) -> None:
         self.tree("007/pre/A_0001", files=10)
         self.server.knobs.seconds_per_file = 0.075  # as slow as XNAT gets
@@ -358,6 +359,7 @@ class Connections(NginxTest):
         until(lambda: len(self.nginx.lines(name)) >= len(self.server.requests), 5)
         return self.nginx.lines(name)
 
+    @variation
     def test_it_speaks_http2_and_a_body_of_megabytes_arrives_whole(self) -> None:
         self.tree("007/pre/B_0002", files=2)
         Limits.big(self, "007/pre/A_0001", files=3, kilobytes=1000)  # type: ignore[arg-type]
@@ -374,6 +376,7 @@ class Connections(NginxTest):
         self.through("streaming")
         self.assert_whole(self.server)
 
+    @variation
     def test_the_proxy_keeps_its_connections_to_the_stand_in(self) -> None:
         self.tree()
         before = self.server.connections

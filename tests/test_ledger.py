@@ -8,7 +8,7 @@ import unittest
 from typing import Callable, List
 
 from tests.faults import COMMIT, HELD, IMPORT, THERE, FaultTest
-from tests.support import drop_root_rights, variation
+from tests.support import WHOLE, drop_root_rights, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -106,6 +106,7 @@ class WhatItSpares(LedgerTest):
             self.stays_so(server)
             self.stays_so(server, "--overwrite-files")
 
+    @variation
     def test_other_max_files_send_no_file_twice(self) -> None:
         self.tree(files=9)
         with self.xnat() as server:
@@ -129,6 +130,7 @@ class WhatItSpares(LedgerTest):
             self.assert_whole(server)
             self.stays_so(server)
 
+    @variation
     def test_again_forgets_only_what_is_chosen(self) -> None:
         self.tree("007/pre/A_0001", "008/pre/A_0001")
         with self.xnat() as server:
@@ -137,6 +139,7 @@ class WhatItSpares(LedgerTest):
             self.stays_so(server)
             self.assert_whole(server)
 
+    @variation
     def test_another_project_knows_nothing_of_the_first(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -197,6 +200,7 @@ class WhatIsGone(LedgerTest):
             self.stays_so(server)
             self.assert_whole(server)
 
+    @variation
     def test_what_is_said_of_many_that_are_gone_settles_all_of_them_at_once(self) -> None:
         paths = [f"{subject}/pre/A_0001" for subject in ("007", "it's", "a b", "x*[1]")]
         self.tree(*paths, "008/pre/A_0001")
@@ -230,7 +234,7 @@ class WhatIsGone(LedgerTest):
             series.rename(place)
             for make in (lambda: None, series.mkdir):  # gone, then empty
                 make()
-                for options in ((), ("-q",), ("-n",), ()):
+                for options in ((), ("-q",), ("-n",), ()) if WHOLE else ((), ("-n",)):
                     with self.subTest(options, make=make):
                         self.gone(server, *options, words=r"\n  007_pre B_0002: .*none")
             self.stays_so(server, "--only", "008")
@@ -296,6 +300,7 @@ class WhatItSurvives(LedgerTest):
     def test_a_torn_last_line_costs_one_part(self) -> None:
         self.torn(lambda lines: [lines[0], lines[1][:len(lines[1]) // 2]], posts=2)
 
+    @variation
     def test_a_torn_line_in_the_middle_loses_only_itself(self) -> None:
         self.torn(lambda lines: [lines[0][:len(lines[0]) // 2] + b"\n", lines[1]], posts=2)
 
@@ -385,6 +390,7 @@ class WhereItCannotBeWritten(LedgerTest):
     def test_a_disk_that_fills_after_the_first_line_stops_the_run(self) -> None:
         self.full_disk(1, 0, posts=2)
 
+    @variation
     def test_a_disk_that_fills_in_the_middle_of_a_line_stops_the_run(self) -> None:
         self.full_disk(1, 100, posts=2)
 

@@ -4,7 +4,7 @@ import unittest
 from typing import Any
 
 from tests.faults import FaultTest
-from tests.support import Ran
+from tests.support import Ran, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 
 
@@ -15,6 +15,7 @@ class HowItBegins(FaultTest):
         return self.run_command(["sh", "-c", f'exec "$@" {how}', "sh",
                                  *self.arguments(url, **call)])
 
+    @variation
     def test_closed_streams_stop_no_upload(self) -> None:
         for number, how in enumerate((">&-", "2>&-", "<&- >&- 2>&-")):
             with self.subTest(how), self.xnat() as server:

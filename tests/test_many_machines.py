@@ -83,6 +83,7 @@ class ManyRuns(UploadTest):
 
 
 class Shards(ManyRuns):
+    @variation
     def test_two_shards_at_a_time_do_what_one_run_does(self) -> None:
         plant(self.root)
         with self.xnat() as server:
@@ -127,6 +128,7 @@ class Shards(ManyRuns):
             ran = self.run_command(self.in_workdir(server, "w3"))
             self.assertEqual((ran.status, archived(server)), (0, {"007_pre": wanted}), ran.text)
 
+    @variation
     def test_a_session_of_which_another_run_archived_the_half_is_archived_once(self) -> None:
         plant(self.root, ("007",))
         wanted = {"007_pre": sorted(digests(self.root).values())}

@@ -12,7 +12,7 @@ import unittest
 from dicomUpload import Answer, Trouble, rows_of
 from tests.faults import (AGAIN, BOTH, BUILD, IMPORT, LOGIN, START, FaultTest, Row, TableTest,
                           add_rows, ever, on, page, proxy)
-from tests.support import need, shown_on, take_terminal
+from tests.support import need, shown_on, take_terminal, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin, User
 
@@ -206,6 +206,7 @@ class TheFarewell(FaultTest):
                     self.gives_back(server)
             self.assertEqual(server.accounts.sessions, {})
 
+    @variation
     def test_a_session_is_given_back_where_the_project_may_not_be_edited(self) -> None:
         self.tree("007/pre/A_0001")
         with self.xnat() as server:

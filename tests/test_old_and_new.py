@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Iterator, List, Set, Tuple
 
 from tests.dicom import readme_tree
-from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest, need
+from tests.support import EXCLUSIONS, ROOT, SCRIPT, UploadTest, need, variation
 
 ONCE = True  # the Python that it runs on makes no difference
 
@@ -144,6 +144,7 @@ class OldCurl(UploadTest):
                     self.assertLessEqual(set(re.findall(r"%\{(\w+)\}", value)), WRITE_OUT_7_61)
         return names
 
+    @variation
     def test_curl_gets_no_option_that_7_61_has_not(self) -> None:
         readme_tree(self.root, files=2)
         (self.home / ".netrc").write_text("machine 127.0.0.1 login alice password s3cret\n")
@@ -191,6 +192,7 @@ class OldShell(unittest.TestCase):
             for name in re.findall(r'(?<!\+)"\$\{(\w+)\[@\]\}', code):
                 self.assertIn(name, filled, f"{script.name}: {name} may be empty")
 
+    @variation
     def test_the_program_itself_reads_no_proc_and_starts_nothing_of_gnu(self) -> None:
         text = SCRIPT.read_text(encoding="utf-8")
         for rule, _ in NOT_ON_MACOS:

@@ -256,6 +256,7 @@ class RememberedExclusions(Refusals):
             self.assert_refused(ran, 2, '"T2"', "008/pre/T2")
             self.assertEqual(server.stored("008_pre"), self.tree("008/pre/T1"))
 
+    @variation
     def test_only_what_this_run_would_send_counts(self) -> None:
         shard = next(number for number in (1, 2, 3, 4)
                      if settings(self.root, "--shard", f"{number}/4").chooses("007", "pre"))
@@ -276,6 +277,7 @@ class RememberedExclusions(Refusals):
             self.assertEqual(self.upload(server, project="OVER").status, 0)
             self.assertEqual(len(server.imports()), 4)
 
+    @variation
     def test_a_dry_run_remembers_nothing(self) -> None:
         with self.xnat() as server:
             self.dry_run(server, "--config", self.config("scout"), status=0)
@@ -430,6 +432,7 @@ class DryRun(Refusals):
             self.assertEqual({each.method for each in server.requests
                               if "/JSESSION" not in each.path}, {"GET"})
 
+    @variation
     def test_it_lists_exactly_what_is_then_sent_and_nothing_after_that(self) -> None:
         readme_tree(self.root, files=2)
         (self.root / "007/pre/T2_FLAIR_0012/notes.txt").write_text("x" * 300)
@@ -551,6 +554,7 @@ class Options(Refusals):
             arguments[2:2] = ["--dry-run", "--procs", "2"]
             self.assert_says(self.run_command(arguments), 1, "would send")
 
+    @variation
     def test_the_seeds_call_works_word_for_word(self) -> None:
         readme_tree(self.root, files=1)
         with self.xnat() as server:
@@ -561,6 +565,7 @@ class Options(Refusals):
             self.assertIn("007_pre", server.labels())
         self.assertTrue((self.folder / "work").is_dir())
 
+    @variation
     def test_max_files_splits_a_series_into_parts_in_order(self) -> None:
         wanted = self.series("007/pre/T1", files=5)
         names = [f"IM{number:04d}.dcm" for number in range(1, 6)]
@@ -606,6 +611,7 @@ class Options(Refusals):
                         found |= {each.compress_type for each in archive.infolist()}
                 self.assertEqual(found | (methods if level == "auto" else set()), methods)
 
+    @variation
     def test_limit_rate_is_shared_among_the_uploads(self) -> None:
         with self.xnat() as server:
             self.run_it(server, "--limit-rate", "4M", "--procs", "2", status=0)
@@ -619,6 +625,7 @@ class Options(Refusals):
                 self.run_it(server, "--retries", str(retries), status=1)
                 self.assertEqual(len(server.imports()) - before, 1 + retries)
 
+    @variation
     def test_review_leaves_whole_verified_sessions_for_a_person(self) -> None:
         wanted = self.tree()
         with self.xnat() as server:
@@ -841,6 +848,7 @@ class Password(Refusals):
             self.assert_archived(server, "007_pre", self.wanted)
         self.assertNotIn("s3cret", shown)
 
+    @variation
     def test_it_is_in_no_output_no_file_and_no_childs_arguments(self) -> None:
         password = "p\"a's \\w;#,: $(x)\u00fchunter2"
         seen = self.folder / "seen"
@@ -876,6 +884,7 @@ class Password(Refusals):
                 self.assertIn(ran.status, (2, 3), ran.text)
                 self.assertNotIn("3cret", ran.text)
 
+    @variation
     def test_log_report_and_ledger_are_for_their_owner_only(self) -> None:
         with self.xnat() as server:
             self.run_it(server, "--logname", "brain study", status=0,

@@ -17,7 +17,7 @@ from typing import Callable, Dict, List, Tuple
 import dicomUpload
 from tests.dicom import uid, write_series
 from tests.running import AGAIN, HELD, HELD_BY_PERMISSIONS, IMPORT, RunningTest, until
-from tests.support import ROOT, need
+from tests.support import ROOT, need, or_at_hand, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 
 # The program on a file system that knows no locks.
@@ -97,6 +97,7 @@ class Programs(RunningTest):
                 process.communicate(timeout=10)
                 self.assert_alone()
 
+    @variation
     def test_a_zip_that_starts_late_gets_all_its_names(self) -> None:
         folder = self.root / "007/pre/A_0001"
         name = "n" * 190
@@ -196,6 +197,7 @@ class TheWorkdir(RunningTest):
             self.assert_whole(server)
             self.tidy(ran)
 
+    @variation
     def test_a_share_without_locks_is_told_and_holds_zips_of_one_run_only(self) -> None:
         self.tree("007/pre/A_0001")
         gone = subprocess.Popen(["true"])
@@ -250,6 +252,7 @@ class TheWorkdir(RunningTest):
             self.run_it(server, "--max-files", "1", status=0, posts=6, commits=1)
             self.assert_whole(server)
 
+    @variation
     def test_a_series_waits_while_only_other_zips_are_in_its_way(self) -> None:
         for subject in ("001", "002", "003", "004", "005"):
             self.big_series(f"{subject}/pre/A_0001", 1)
@@ -358,7 +361,7 @@ def unlock(series: Path) -> None:
             file.chmod(0o644)
 
 
-CHANGES: Dict[str, Tuple[Change, str]] = {  # of the series, and how that is told
+CHANGES: Dict[str, Tuple[Change, str]] = or_at_hand({  # of the series, and how that is told
     "shrink": (shrink, "IM0002.dcm changed"),
     "grow": (grow, "IM0002.dcm changed"),
     "rewrite": (rewrite, "IM0002.dcm changed"),
@@ -366,7 +369,7 @@ CHANGES: Dict[str, Tuple[Change, str]] = {  # of the series, and how that is tol
     "gone": (lambda series: shutil.rmtree(str(series)), "IM0001.dcm does not exist"),
     "lock": (lambda series: (series / "IM0002.dcm").chmod(0), "IM0002.dcm could not be read"),
     "shut": (lambda series: series.chmod(0), "IM0001.dcm cannot be read .*Permission"),
-}
+}, "rewrite", "vanish", "lock")
 
 
 class FilesThatChangeOnTheWay(RunningTest):

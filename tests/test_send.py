@@ -146,14 +146,14 @@ ALONE = [
     Row("an alias's other project", on(IMPORT, "other project", text="Unassigned"), 1, 0, NEITHER,
         3, "Unassigned", beside=True),
     Row("a redirect to the login", on(IMPORT, "redirect", location=LOGIN_VM), 1, 0, NEITHER, 3,
-        "login refused", more=stops_asking),
+        "login refused", more=stops_asking, beside=True),
     Row("a redirect to the expired password", on(IMPORT, "redirect", location=EXPIRED_VM), 1, 0,
         NEITHER, 3, "expired", more=stops_asking, beside=True),
     Row("a redirect to https", on(IMPORT, "redirect", status=301, location="https://127.0.0.1/x"),
         1, 0, NEITHER, 3, r"another address \(HTTP 301, to https://127.0.0.1/x\): give that",
         more=stops_asking, beside=True),
     Row("an account disabled in the middle", on(IMPORT, "disable account", skip=1), 2, 0, FIRST, 3,
-        "login refused", mend=enable_alice),
+        "login refused", mend=enable_alice, beside=True),
     # what heals by itself
     Row("a session of the server that ends", on(IMPORT, "drop sessions"), 2, 1, BOTH, 0,
         "archived", beside=True),
@@ -179,7 +179,7 @@ ALONE = [
         knobs={"reject": ("B_0002",)}, mend=lambda _, server: setattr(server.knobs, "reject", ())),
     Row("a filter that keeps nothing of the only session", None, 2, 0, NEITHER, 1, "filter",
         knobs={"reject": ("A_0001", "B_0002")},
-        mend=lambda _, server: setattr(server.knobs, "reject", ())),
+        mend=lambda _, server: setattr(server.knobs, "reject", ()), beside=True),
 ]
 
 
@@ -198,6 +198,7 @@ class Answers(TableTest):
     def test_what_goes_silent_is_sent_again_and_archived_once(self) -> None:
         self.play_together(SILENT, "--retries 1 --timeout 1")
 
+    @variation
     def test_reasons_are_found_in_pages_that_have_no_h3(self) -> None:
         self.play_together(NO_H3, "--retries 1 --procs 1", {"version": "1.11"})
 
@@ -257,6 +258,7 @@ class ManySessions(FaultTest):
             self.assertNotRegex(ran.text, "(?m)(?<!if not, )copy that file again$")
             self.assertEqual(self.statuses(), ", ".join(25 * ["not sent"]))
 
+    @variation
     def test_sessions_refused_alike_with_one_that_passes_between_do_not_stop_it(self) -> None:
         self.many(21)
         with self.xnat() as server:
@@ -264,6 +266,7 @@ class ManySessions(FaultTest):
             server.faults.append(Fault("disk full", IMPORT, skip=1, times=10))
             self.run_it(server, "--procs", "1", status=1, posts=21, commits=1)
 
+    @variation
     def test_a_filter_that_takes_one_series_of_each_session_does_not_stop_it(self) -> None:
         self.tree(*(f"{100 + number}/pre/{name}" for number in range(22)
                     for name in ("A_0001", "P_0002")), files=1)
@@ -275,6 +278,7 @@ class ManySessions(FaultTest):
             config.write_text('{"Exclude": ["P_"]}')
             self.run_it(server, "--config", str(config), status=0, posts=0, commits=22)
 
+    @variation
     def test_a_server_that_archives_nothing_stops_the_run(self) -> None:
         self.many(22)
         with self.xnat() as server:
@@ -282,6 +286,7 @@ class ManySessions(FaultTest):
             ran = self.run_it(server, "--procs", "1", status=3, posts=20, commits=20)
             self.assertIn("the server refuses everything", ran.text)
 
+    @variation
     def test_one_that_fails_by_itself_between_sessions_refused_alike_does_not_count(self) -> None:
         self.many(21)
         middle = sorted(self.root.glob("*/*/*"))[10]
@@ -472,6 +477,7 @@ class OneSession(FaultTest):
             self.run_it(server, status=0, posts=2, commits=1, words="archived, 6 files")
             self.assert_whole(server)
 
+    @variation
     def test_two_studies_in_one_session_fail_it_before_a_byte_leaves_and_no_other(self) -> None:
         self.tree("007/pre/A_0001", "008/pre/A_0001")
         write_series(self.root / "007/pre/C_0003", study=uid("other"), number=3, files=2)
@@ -611,6 +617,7 @@ class Loads(RunningTest):
                    (on(where, "truncate", skip=2), 8, "sent"),
                    (on(where, "drop sessions", skip=2), 7, "sent"))
 
+    @variation
     def test_a_folder_of_several_scans_is_not_sent_if_one_of_them_is_refused(self) -> None:
         for number in range(1, 7):  # the last one goes beside a load, and is over before it
             write_series(self.root / "002/pre/S_0001", study=uid("002", "pre"), number=number,
@@ -640,6 +647,7 @@ class Loads(RunningTest):
             self.run_it(server, "--procs", "1", posts=5, commits=1)
             self.assert_whole(server)
 
+    @variation
     def test_what_has_arrived_of_a_load_is_told_when_the_run_is_stopped(self) -> None:
         with self.xnat() as server:
             process = self.interrupted(server)
@@ -653,6 +661,7 @@ class Loads(RunningTest):
             self.run_it(server, "--procs", "1", posts=4, commits=1)
             self.assert_whole(server)
 
+    @variation
     def test_another_project_is_told_before_anybody_is_waited_for(self) -> None:
         where = self.grow()
         for first in (proxy(503, where, skip=1, retry_after="600"),
@@ -788,6 +797,7 @@ class TheFolderWhileItIsSent(FaultTest):
             self.run_it(server, status=0)
             self.assert_whole(server)
 
+    @variation
     def test_a_folder_for_zips_that_is_removed_costs_what_is_not_sent_yet(self) -> None:
         self.without_zips(FIRST)
 

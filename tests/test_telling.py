@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import dicomUpload
 from tests.dicom import dicom_file, readme_tree, uid, write_series
-from tests.support import EXCLUSIONS, WHOLE, UploadTest, missing, shown_on
+from tests.support import EXCLUSIONS, WHOLE, UploadTest, missing, shown_on, variation
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import User
 
@@ -156,6 +156,7 @@ class DryRun(Messy):
             self.assertEqual(ran.status, 0, ran.text)
             self.assertEqual(len(server.stored("009_pr__a")), 3)
 
+    @variation
     def test_it_is_the_proof_of_what_is_there_whatever_a_ledger_says(self) -> None:
         readme_tree(self.root, files=2)
         with self.xnat() as server:
@@ -199,6 +200,7 @@ class Screen(Messy):
                     after = lines[heading + 1:lines.index("", heading)]
                     self.assertTrue(all(line.startswith("  ") for line in after), after)
 
+    @variation
     def test_status_words_have_colours_on_a_terminal_that_can_and_wants_them(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -266,6 +268,7 @@ class Progress(Messy):
                     self.assertGreaterEqual(len(amounts), 3, moving)
                     self.assertRegex("\n".join(moving), r"MB/s  about \d+ s left\]  007_pre ")
 
+    @variation
     def test_it_is_drawn_ten_times_a_second_at_most(self) -> None:
         for number in range(150):
             (self.root / f"{number:03}/pre/T1").mkdir(parents=True)
@@ -522,6 +525,7 @@ class Secrets(UploadTest):
                     self.assertNotIn(form, text)
                 netrc.unlink() if netrc.exists() else None
 
+    @variation
     def test_a_forced_traceback_does_not_hold_it(self) -> None:
         write_series(self.root / "007/pre/T1", study=uid("t"))
         for where in ("Xnat.log_in", "Curl._run", "Upload.one_session", "walk", "find_password"):

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from tests.dicom import uid, write_series
 from tests.running import COMMIT, HELD, IMPORT, RunningTest, until
-from tests.support import Ran, shown_on, variation
+from tests.support import WHOLE, Ran, shown_on, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -181,7 +181,10 @@ for _moment in MOMENTS:
     if _moment is not while_sending:
         _test = variation(_test)
     setattr(AtAnyMoment, f"test_a_SIGINT_{_moment.__name__}", _test)
-    setattr(AtAnyMoment, f"test_a_SIGKILL_{_moment.__name__}", as_kill_test(_moment))
+    _test = as_kill_test(_moment)
+    if _moment not in (while_sending, while_committing):
+        _test = variation(_test)
+    setattr(AtAnyMoment, f"test_a_SIGKILL_{_moment.__name__}", _test)
 
 
 class OtherSignals(RunningTest):
@@ -198,6 +201,7 @@ class OtherSignals(RunningTest):
             server.faults.clear()
             self.completes(server)
 
+    @variation
     def test_under_nohup_a_terminal_may_go_away(self) -> None:
         self.tree("007/pre/A_0001")
         with self.xnat() as server:
@@ -292,6 +296,7 @@ class Stops(RunningTest):
             self.assertIn("do not run again", ran.text)
             self.assertNotIn("the same command again", ran.text)
 
+    @variation
     def test_after_a_stop_the_halves_in_the_prearchive_are_named_and_each_series_has_a_row(
             self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001")
@@ -311,6 +316,7 @@ class Stops(RunningTest):
                 self.assertEqual(kind == "other project",
                                  "run the same command again" not in ran.out)
 
+    @variation
     def test_what_an_earlier_run_left_in_part_is_named_after_a_stop_too(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -346,6 +352,7 @@ class Stops(RunningTest):
             self.assertEqual(len(self.report()), 40)
             self.assertNotIn("", {row["message"] for row in self.report()})
 
+    @variation
     def test_a_line_that_breaks_in_two_ways_by_turns_stops_the_run_all_the_same(self) -> None:
         for number in range(25):
             write_series(self.root / f"{number:03}/s/T1", study=uid(number), files=1, rows=1)
@@ -431,6 +438,7 @@ class WhoListens(RunningTest):
         os.close(master)
         return process, go_on
 
+    @variation
     def test_a_terminal_that_is_gone_does_not_stop_the_upload(self) -> None:
         with self.xnat() as server:
             process, go_on = self.lose_terminal(server)
@@ -461,7 +469,8 @@ class WhoListens(RunningTest):
             self.assert_whole(server)
 
     def test_a_pipe_that_is_full_for_a_moment_loses_no_line(self) -> None:
-        for number in range(30):
+        sessions = 30 if WHOLE else 10
+        for number in range(sessions):
             write_series(self.root / f"{number:03}" / "s" / ("n" * 200), study=uid(number),
                          files=1, rows=1)
         with self.xnat() as server:
@@ -478,10 +487,11 @@ class WhoListens(RunningTest):
             with open(reader, "rb") as pipe:
                 text = pipe.read().lstrip(b"#").decode()
             self.assertEqual(process.wait(30), 0, text)
-        for number in range(30):
+        for number in range(sessions):
             self.assertRegex(text, f"(?m)^{number:03}_s +archived, 1 file verified\\b")
         self.assertRegex(text, r"(?m)^Report: \S+\.csv$")
 
+    @variation
     def test_walking_and_reading_show_themselves(self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001", files=4)
         for event, words in (("os.scandir", "walking: 1 session so far"),
@@ -512,6 +522,7 @@ class TheIdleTimer(RunningTest):
 
     IDLE: Dict[str, Any] = {"idle_seconds": 0.8, "tick_seconds": 0.1}
 
+    @variation
     def test_a_gap_longer_than_the_idle_time_archives_no_half_session(self) -> None:
         self.tree()
         with self.xnat(**self.IDLE) as server:
@@ -558,6 +569,7 @@ class WhatItTakes(RunningTest):
         self.assertEqual(ran.status, 0, ran.text)
         return ran
 
+    @variation
     def test_files_are_opened_after_the_login_and_those_of_a_few_sessions_before_the_first_post(
             self) -> None:
         for number in range(24):

@@ -12,7 +12,7 @@ import unittest
 from typing import List
 
 from tests.dicom import digests, readme_tree, uid, write_series
-from tests.support import SCRIPT, Ran, drop_root_rights, missing
+from tests.support import SCRIPT, Ran, drop_root_rights, missing, variation
 from tests.support import load_tests as load_tests  # several at a time
 from tests.trees import TreeTest
 from tests.xnat_standin import Standin
@@ -140,6 +140,7 @@ class Names(TreeTest):
                     self.assert_told(said, *words)
 
 
+    @variation
     def test_a_folder_that_cannot_be_opened_takes_no_session_its_label(self) -> None:
         self.need_held_root()
         self.series("007/pre/T1")
@@ -241,6 +242,7 @@ class Labels(TreeTest):
                         self.assertIn(f"{subject}/{session}" if whole else subject, ran.text)
             self.assert_nothing_there(server)
 
+    @variation
     def test_names_that_differ_enough_do_not_meet(self) -> None:
         self.series("a/b/T1", files=1)
         self.series("a/b_c/T1", files=1)
@@ -304,6 +306,7 @@ class Levels(TreeTest):
         for ran in self.refuse_with_layout(server, root, *options):
             self.assert_told(ran, NO_SESSION_LEVEL)
 
+    @variation
     def test_images_where_series_belong_name_the_missing_session_level(self) -> None:
         for subject in ("sub-001", "sub-002"):
             for number, name in enumerate(("001-localizer", "002-T1"), 1):
@@ -322,6 +325,7 @@ class Levels(TreeTest):
                 with self.subTest(root):
                     self.refuse_with_layout(server, root)
 
+    @variation
     def test_one_subject_without_session_level_among_others_is_told(self) -> None:
         self.series("007/pre/T1")
         self.series("008/pre/T1")
@@ -394,6 +398,7 @@ class TooHigh(TreeTest):
                 self.assert_archived(server, f"{subject}_007", digest)
                 self.assertEqual(len(server.archive["BRAIN", f"{subject}_007"].scans), 3)
 
+    @variation
     def test_xnats_own_download_goes_and_is_judged_the_same_in_every_slice(self) -> None:
         wanted = {}
         for subject in ("008", "009"):
@@ -436,6 +441,7 @@ class TooHigh(TreeTest):
             for subject, digest in wanted.items():
                 self.assert_archived(server, f"{subject}_pre", digest)
 
+    @variation
     def test_several_series_in_one_folder_without_subfolders_go(self) -> None:
         wanted = {}
         for subject in ("007", "008"):
@@ -483,6 +489,7 @@ class Slices(TreeTest):
                     self.assertRegex(ran.err, r"--only (zzz\*?|007/zzz|PRE/007): .*subject/session")
             self.assert_nothing_there(server)
 
+    @variation
     def test_a_slice_with_nothing_in_it_ends_with_0(self) -> None:
         (self.root / "009").mkdir()
         with self.xnat() as server:
@@ -515,6 +522,7 @@ class BeforeTheLogin(TreeTest):
             self.assertGreaterEqual(len({each.name for each in opened}), 6, opened)
             self.assertGreater(min(each.moment for each in opened), float(login.answered or 0))
 
+    @variation
     def test_a_login_that_is_refused_leaves_every_file_closed(self) -> None:
         for options in ((), ("--dry-run",)):
             with self.xnat() as server:
