@@ -170,7 +170,8 @@ ROWS = [
         "another study.*1.2.3 | rename", before=other_study, mend=empty_archive, knobs=NO_LISTS,
         beside=True),
     Row("a label of another subject that no list tells", None, 0, 0, NEITHER, 1,
-        "under subject someone | rename", before=others_label, mend=empty_archive, knobs=NO_LISTS),
+        "under subject someone | rename", before=others_label, mend=empty_archive, knobs=NO_LISTS,
+        beside=True),
     Row("another subject that comes while we send", None, 2, 1, BOTH, 1,
         "another Subject | rename", before=others_label_meanwhile, mend=empty_archive),
     Row("a conflict whose answer was lost", on(COMMIT, "reset after"), 2, 2, BOTH, 1,
@@ -191,7 +192,7 @@ ROWS = [
     Row("counts that cannot be read", ever(page(500, "boom", where="scans/1/resources")), 2, 1,
         BOTH, 1, "HTTP 500, boom", knobs={"all_scans": False}),
     Row("a server that does not know ALL", None, 2, 1, BOTH, 0, "archived, 4 files verified",
-        knobs={"all_scans": False}),
+        knobs={"all_scans": False}, beside=True),
     Row("a server that forgets one of ALL", ever(on(
         "scans/ALL/resources", "answer", status=200, headers=JSON_PAGE,
         body=rows_of({"label": "DICOM", "cat_id": "1", "file_count": "2"}))), 2, 1, BOTH, 0,
@@ -216,6 +217,7 @@ class Answers(TableTest):
     def test_what_a_commit_has_done_is_found_out_and_what_it_has_not_is_done_once(self) -> None:
         self.play_together(COMMITS)
 
+    @variation
     def test_a_commit_that_is_refused_is_told_and_tried_by_the_next_run(self) -> None:
         self.play_together(REFUSED)
 
@@ -304,6 +306,7 @@ class Counts(FaultTest):
             self.run_it(server, "--again", "--overwrite-files", status=0, posts=2)
             self.assert_whole(server)
 
+    @variation
     def test_a_new_series_of_a_session_that_is_short_is_sent_and_archived_in_the_end(self) -> None:
         self.filtered(A, 3, dropped=1)
         with self.xnat(**FILTER) as server:
@@ -314,6 +317,7 @@ class Counts(FaultTest):
             self.run_it(server, status=0, commits=1)
             self.assert_whole(server)
 
+    @variation
     def test_a_project_that_overwrites_is_not_sent_what_it_has(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -398,6 +402,7 @@ class SessionsThatGoOn(FaultTest):
     def test_a_series_that_gains_a_file_while_held_back_is_archived_with_it(self) -> None:
         self.changed_while_held_back(lambda: self.tree(A, files=4))
 
+    @variation
     def test_a_series_whose_images_change_while_held_back_is_archived_as_it_is_now(self) -> None:
         self.changed_while_held_back(lambda: self.tree(A, files=3, rows=24))
 

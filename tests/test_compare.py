@@ -273,6 +273,7 @@ class AllIsThere(CompareTest):
                                          ("007_pre", ["IM0004.dcm"])])
             self.whole(server)
 
+    @variation
     def test_a_part_of_a_series_under_unknown_names_is_told_and_not_guessed(self) -> None:
         self.plant(ONE, TWO, files=3)
         with self.xnat() as server:
@@ -419,6 +420,7 @@ class SomethingIsNew(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_where_files_went_and_others_came_the_new_ones_are_not_taken_for_the_old(self) -> None:
         for ledger in cases(False, True):
             with self.subTest(ledger=ledger), self.xnat() as server:
@@ -560,6 +562,7 @@ class WhatTheLedgerKnows(CompareTest):
             (disk / "007" / TWO).mkdir()
             self.told(server, "Gone .1.:\n  007_pre T2_0002", root=disk)
 
+    @variation
     def test_a_series_that_was_sent_and_went_before_its_session_was_whole_is_gone(self) -> None:
         with self.xnat() as server:
             self.held_back(server, ONE, TWO)
@@ -767,6 +770,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.change(folder / "IM0001.dcm", b"BB")
             self.told(server, "T1_0001: has changed since it was sent")
 
+    @variation
     def test_of_two_folders_of_one_series_one_may_be_renamed_and_is_missed_when_it_goes(self
                                                                                         ) -> None:
         for instance in range(1, 7):
@@ -953,6 +957,7 @@ class InThePrearchive(CompareTest):
                     self.there(server)
                     shutil.rmtree(self.root)
 
+    @variation
     def test_what_a_person_archived_and_then_deleted_is_not_taken_for_sent(self) -> None:
         self.plant(ONE, TWO)
         with self.xnat() as server:
@@ -1041,6 +1046,7 @@ class Deleted(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_a_session_with_a_damaged_file_that_was_deleted_does_not_come_back_either(
             self) -> None:
         self.plant(ONE)
@@ -1288,6 +1294,7 @@ class Changed(CompareTest):
             self.run_once(server, "--overwrite-files")
             self.whole(server)
 
+    @variation
     def test_a_change_beside_an_added_file_is_seen(self) -> None:
         self.plant(ONE)
         with self.xnat() as server:

@@ -74,6 +74,7 @@ class WhatItSpares(LedgerTest):
             self.run_it(server, status=0, posts=2, commits=1, words="no longer in the prearchive")
             self.assert_whole(server)
 
+    @variation
     def test_what_somebody_else_has_archived_meanwhile_is_neither_sent_nor_committed(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -267,6 +268,7 @@ class WithoutIt(LedgerTest):
                     self.assertEqual(self.statuses(), THERE)
             self.assert_whole(server)
 
+    @variation
     def test_lines_of_the_first_version_are_passed_over_and_the_server_is_asked(self) -> None:
         self.tree()
         with self.xnat() as server:
@@ -321,7 +323,8 @@ class WhatItSurvives(LedgerTest):
         self.tree()
         with self.xnat() as server:
             self.run_it(server, status=0, posts=2, commits=1)
-            for series in ("[]", "7", '{"A_0001": 7}', '{"A_0001": [1, 2, 3, 4, 5, 6, 7]}'):
+            shapes = "[]", '{"A_0001": 7}', "7", '{"A_0001": [1, 2, 3, 4, 5, 6, 7]}'
+            for series in shapes if WHOLE else shapes[:2]:
                 self.ledger().write_bytes(re.sub(rb'"series": \{.*\}', b'"series": ' +
                                                  series.encode(), self.ledger().read_bytes()))
                 self.stays_so(server)

@@ -246,6 +246,7 @@ class RememberedExclusions(Refusals):
             self.run_it(server, *again, status=0, posts=1)  # it has no such series
             self.stop(server)
 
+    @variation
     def test_more_or_broader_exclusions_are_fine_and_are_remembered_too(self) -> None:
         with self.xnat() as server:
             self.run_it(server, "--config", self.config("scout"), status=0)
@@ -895,6 +896,7 @@ class Password(Refusals):
         self.assertEqual(sorted(path.suffix for path in self.work.glob("brain study*")),
                          [".csv", ".log"])
 
+    @variation
     def test_each_run_has_a_log_of_its_own(self) -> None:
         with self.xnat() as server:
             for ran in self.run_many([self.arguments(server.url)] * 3):  # surely in two seconds
