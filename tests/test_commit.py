@@ -350,6 +350,7 @@ class Counts(FaultTest):
             self.ledger().unlink()
             self.stays_so(server)
 
+    @variation
     def test_where_a_script_changes_the_uids_the_total_is_counted(self) -> None:
         self.tree()
         for script in "site_script", "project_script":
@@ -451,6 +452,7 @@ class SessionsThatGoOn(FaultTest):
             self.assert_whole(server)
             self.stays_so(server)
 
+    @variation
     def test_a_session_that_others_left_built_or_refused_is_committed_as_it_is(self) -> None:
         self.tree()
         for status in "READY", "ERROR", "CONFLICT":

@@ -244,6 +244,7 @@ class AllIsThere(CompareTest):
             self.there(server)  # this one writes a ledger of what others have sent
             self.assertEqual(self.there(server).about("007_pre"), [])
 
+    @variation
     def test_what_another_tool_archived_under_other_names_is_there(self) -> None:
         for name in cases(random_name, uid_name(uid("007", "pre"))):
             with self.subTest(name=name), self.xnat() as server:
@@ -882,6 +883,7 @@ class InThePrearchive(CompareTest):
                 shutil.rmtree(self.root)
                 self.elsewhere()
 
+    @variation
     def test_a_leftover_copy_of_what_is_archived_is_named_and_not_touched(self) -> None:
         for status in cases("CONFLICT", "RECEIVING", "READY", "ERROR"):
             with self.subTest(status=status), self.xnat() as server:

@@ -126,7 +126,8 @@ class DicomIsReadByParsing(HeaderTest):
             "explicit": image(), "implicit": image(explicit=False), "big-endian": image(order=">"),
             "deflated": image(syntax=DEFLATED_LE),
             "deflated, long": image(syntax=DEFLATED_LE, rows=1024, columns=1024),
-            "deflated, very long": image(syntax=DEFLATED_LE, rows=2048, columns=2048),
+            **({"deflated, very long": image(syntax=DEFLATED_LE, rows=2048, columns=2048)}
+               if WHOLE else {}),
             "bare explicit": image(preamble=False),
             "bare implicit": image(preamble=False, explicit=False),
             "bare big-endian": image(preamble=False, order=">"),
@@ -286,7 +287,7 @@ class WhatIsDamagedSaysWhy(HeaderTest):
                 "deflated": image(syntax=DEFLATED_LE),
                 "nested": image(first=FIRST["a sequence in a sequence"]), "index": dicomdir_file()}
         for name, content in made.items():
-            for size in range(len(content)):
+            for size in range(0, len(content), 1 if WHOLE else 3):
                 found = self.read(content[:size])
                 for got, wanted in zip(found[1:4], OWN[1:4]):
                     self.assertIn(got, ("", wanted), (name, size))

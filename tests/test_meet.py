@@ -88,7 +88,7 @@ ROWS = [
         knobs={"refuse_lists": ("archive", "prearchive")}),
     Row("lists that a proxy keeps back", (ever(proxy(503, "GET /data/experiments")),
                                           ever(proxy(503, r"prearchive/projects/BRAIN\?"))),
-        2, 1, BOTH, 0, "archived, 4 files verified"),
+        2, 1, BOTH, 0, "archived, 4 files verified", beside=True),
     # -- below a context path
     Row("a context path", None, 2, 1, BOTH, 0, "archived", knobs={"context_path": "/xnat"}),
     Row("a 503 below a context path", proxy(503), 3, 1, BOTH, 0, AGAIN,

@@ -23,7 +23,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 import dicomUpload
 from tests.dicom import README_TREE, digests, readme_tree
-from tests.support import (EXCLUSIONS, SCRIPT, Ran, drop_root_rights, need, shown_on,
+from tests.support import (EXCLUSIONS, SCRIPT, Ran, drop_root_rights, need, or_at_hand, shown_on,
                            take_terminal, variation)
 from tests.support import load_tests as load_tests  # several at a time
 from tests.trees import TreeTest
@@ -448,6 +448,7 @@ class DryRun(Refusals):
             again = self.dry_run(server, *options, status=0)
             self.assertEqual(WOULD.findall(again.out), [], "all of it is on the server")
 
+    @variation
     def test_the_command_that_it_suggests_sends(self) -> None:
         self.series("007/pre/T1")
         with self.xnat() as server:
@@ -786,23 +787,26 @@ class Password(Refusals):
         with self.xnat() as server:
             self.netrc("machine 127.0.0.1 login alice password wrong\n")
             self.let_in(server, {"XNAT_PASS": "s3cret"})
-            for title, text in (
-                    ("plain", "machine 127.0.0.1 login alice password s3cret\n"),
-                    ("several lines", "machine 127.0.0.1\n  login alice\n  password s3cret\n"),
-                    ("beside another machine", "machine other login alice password wrong\n"
-                     "machine 127.0.0.1 login alice password s3cret\n"),
-                    ("in quotes", 'machine 127.0.0.1 login alice password "s3cret"\n'),
-                    ("the password first", "machine 127.0.0.1 password s3cret login alice\n"),
-                    ("of any machine", "default login alice password s3cret\n"),
-                    ("letters of all kinds", "machine other login \u00e4 password \u6d88\n"
-                     "machine 127.0.0.1 login alice password s3cret\n"),
-                    ("after a comment and a macro", "#machine 127.0.0.1 login alice password x\n"
-                     "macdef init\nmachine 127.0.0.1 login alice password x\n\n"
-                     "machine 127.0.0.1 login alice account a password s3cret\n"),
-                    ("before somebody else", "machine 127.0.0.1 login alice password s3cret\n"
-                     "machine 127.0.0.1 login bob password b0b\n"),
-                    ("after somebody else", "machine 127.0.0.1 login bob password b0b\n"
-                     "machine 127.0.0.1 login alice password s3cret\n")):
+            texts = {
+                "plain": "machine 127.0.0.1 login alice password s3cret\n",
+                "several lines": "machine 127.0.0.1\n  login alice\n  password s3cret\n",
+                "beside another machine": "machine other login alice password wrong\n"
+                "machine 127.0.0.1 login alice password s3cret\n",
+                "in quotes": 'machine 127.0.0.1 login alice password "s3cret"\n',
+                "the password first": "machine 127.0.0.1 password s3cret login alice\n",
+                "of any machine": "default login alice password s3cret\n",
+                "letters of all kinds": "machine other login \u00e4 password \u6d88\n"
+                "machine 127.0.0.1 login alice password s3cret\n",
+                "after a comment and a macro": "#machine 127.0.0.1 login alice password x\n"
+                "macdef init\nmachine 127.0.0.1 login alice password x\n\n"
+                "machine 127.0.0.1 login alice account a password s3cret\n",
+                "before somebody else": "machine 127.0.0.1 login alice password s3cret\n"
+                "machine 127.0.0.1 login bob password b0b\n",
+                "after somebody else": "machine 127.0.0.1 login bob password b0b\n"
+                "machine 127.0.0.1 login alice password s3cret\n"}
+            for title, text in or_at_hand(texts, "in quotes", "the password first",
+                                          "of any machine", "after a comment and a macro",
+                                          "after somebody else").items():
                 with self.subTest(title):
                     self.netrc(text)
                     self.let_in(server)

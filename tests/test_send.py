@@ -758,6 +758,7 @@ class TheFolderWhileItIsSent(FaultTest):
     def test_a_file_that_changes_holds_its_session_back(self) -> None:
         self.held(lambda: self.tree("007/pre/A_0001", rows=24), 1)
 
+    @variation
     def test_an_image_that_is_there_and_gets_another_time_holds_nothing_back(self) -> None:
         self.tree("007/pre/A_0001")
         path = self.root / "007/pre/A_0001/IM0001.dcm"

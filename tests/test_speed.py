@@ -179,6 +179,7 @@ class SpeedRules(UploadTest):
             self.assertEqual(most_at_once(server.imports()), 4)
             self.assert_arrived(server, 35)
 
+    @variation
     def test_a_part_that_is_tried_again_keeps_its_place(self) -> None:
         self.grow(series=2, files=6)
         with self.xnat() as server:

@@ -177,9 +177,7 @@ def as_kill_test(moment: Any) -> Callable[[AtAnyMoment], None]:
 for _moment in MOMENTS:
     _test = as_signal_test(_moment, signal.SIGTERM)
     setattr(AtAnyMoment, f"test_a_SIGTERM_{_moment.__name__}", _test)
-    _test = as_signal_test(_moment, signal.SIGINT)
-    if _moment is not while_sending:
-        _test = variation(_test)
+    _test = variation(as_signal_test(_moment, signal.SIGINT))
     setattr(AtAnyMoment, f"test_a_SIGINT_{_moment.__name__}", _test)
     _test = as_kill_test(_moment)
     if _moment not in (while_sending, while_committing):
@@ -384,6 +382,7 @@ class WhatIsNotThere(RunningTest):
                 self.assertIn("007/notes.txt: 1 file where folders belong", ran.err)
         self.assertEqual(self.statuses(), "already there, no DICOM")
 
+    @variation
     def test_images_without_a_series_folder_are_a_failure_by_name_but_not_of_a_slice_of_others(
             self) -> None:
         self.tree("007/pre/A_0001", "008/pre/A_0001")
