@@ -4,8 +4,8 @@
 
 changes one decision of the program at a time (a comparison, a boundary, a condition, an exit
 status, a removed call, a dropped raise) in a copy of this folder, and runs the tests that belong
-to its section there. What survives is printed with its line: read it, and add a test, or take out
-what has no effect. Run by hand; it takes minutes to hours.
+to its section there, variations and all. What survives is printed with its line: read it, and add a
+test, or take out what has no effect. Run by hand; it takes minutes to hours.
 """
 import ast
 import copy
@@ -97,10 +97,10 @@ def section_of(source: str, line: int) -> str:
     return above[-1] if above else "words"
 
 
-def survives(folder: Path, mutant: Mutant, modules: List[str]) -> bool:
-    """Whether no test notices it."""
-    (folder / "dicomUpload.py").write_text(ast.unparse(mutant.tree), encoding="utf-8")
-    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
+def survives(folder: Path, program: str, modules: List[str]) -> bool:
+    """Whether no test of these modules finds anything wrong with it."""
+    (folder / "dicomUpload.py").write_text(program, encoding="utf-8")
+    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", DICOMUPLOAD_TEST_VARIATIONS="1")
     for module in modules:
         if not (folder / f"tests/test_{module}.py").exists():
             continue
@@ -125,21 +125,29 @@ def main() -> int:
                               section_of(source, each.line) in wanted), many)
     lock, alive = threading.Lock(), []
 
+    def copied(folder: Path) -> Path:
+        skipped = shutil.ignore_patterns(".git", "work", "__pycache__")
+        return shutil.copytree(ROOT, folder, ignore=skipped)
+
     def work(folder: Path) -> None:
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "work", "__pycache__"))
         while True:
             with lock:
                 mutant = next(drawn, None)
             if mutant is None:
                 return
             section = section_of(source, mutant.line)
-            lives = survives(folder, mutant, SECTIONS[section].split())
+            lives = survives(folder, ast.unparse(mutant.tree), SECTIONS[section].split())
             alive.extend([mutant] * lives)
             print(f"{'SURVIVES' if lives else 'caught  '} {section} line {mutant.line}: "
                   f"{mutant.what}: {lines[mutant.line - 1].strip()}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="dicomUpload-mutants-") as name:
-        workers = [threading.Thread(target=work, args=(Path(name, str(at)),)) for at in range(2)]
+        folders = [copied(Path(name, str(at))) for at in range(2)]
+        modules = {each for section in wanted or SECTIONS for each in SECTIONS[section].split()}
+        for module in sorted(modules):  # what fails anyway would catch every mutant
+            if not survives(folders[0], ast.unparse(ast.parse(source)), [module]):
+                sys.exit(f"tests.test_{module} fails without a mutant: no use")
+        workers = [threading.Thread(target=work, args=(each,)) for each in folders]
         for each in workers:
             each.start()
         for each in workers:

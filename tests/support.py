@@ -30,7 +30,9 @@ EXCLUSIONS = ROOT / "Exclusions.json"
 WIDTH = 6  # tests at a time, where a module asks for it
 # .ci/run plays what depends on no Python (modules with ONCE, variations) on its first one only.
 ELSEWHERE = os.environ.get("DICOMUPLOAD_TEST_ONCE") == "done"
-WHOLE = os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not ELSEWHERE
+# Mutants meet the variations too, on a machine that need not have all the tools of a full run.
+WHOLE = (os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not ELSEWHERE
+         or os.environ.get("DICOMUPLOAD_TEST_VARIATIONS") == "1")
 
 
 class Ran(NamedTuple):
