@@ -2143,12 +2143,16 @@ class Ledger:
                 with open(self.path, "rb") as lines:
                     lines.seek(at)
                     line = json.loads(lines.readline())
-                memory.series = {str(name): Known(*known) for name, known in line["series"].items()}
-                memory.path, memory.files = str(line["path"]), int(line["files"])
-                memory.ended, memory.whole = str(line["where"]), bool(line["whole"])
-                memory.elsewhere |= line["root"] != self._root
-                memory.study = str(line.get("study", ""))  # an older ledger has neither
-                memory.time_ns = int(line.get("time_ns", memory.time_ns))
+                series = {str(name): Known(*known) for name, known in line["series"].items()}
+                types = [type(value) for value in Known()]
+                if any([type(value) for value in known] != types for known in series.values()):
+                    raise TypeError
+                memory = replace(
+                    memory, series=series, path=str(line["path"]), files=int(line["files"]),
+                    ended=str(line["where"]), whole=bool(line["whole"]),
+                    elsewhere=memory.elsewhere or line["root"] != self._root,
+                    study=str(line.get("study", "")),  # an older ledger has neither
+                    time_ns=int(line.get("time_ns", memory.time_ns)))
         return memory
 
     def add(self, event: str, session: Optional[Session] = None, **more: Any) -> None:

@@ -123,7 +123,7 @@ def serve(control: socket.socket) -> int:
                 os.close(line)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 take_over(streams, **json.loads(asked))
-                return end(dicomUpload.main())
+                return dicomUpload.main()
             watch(run, streams, socket.socket(fileno=line))
         for each in (*streams, line):
             os.close(each)
@@ -146,18 +146,6 @@ def take_over(streams: List[int], arguments: List[str], cwd: str,
     sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-
-
-def end(status: int) -> int:
-    """End as an interpreter does, but leave its memory to the system: to take it apart, object by
-    object, takes half of what a small run costs. A stream that takes no more is left to Python."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
 
 
 def watch(run: int, streams: List[int], line: socket.socket) -> None:

@@ -30,9 +30,9 @@ EXCLUSIONS = ROOT / "Exclusions.json"
 WIDTH = 6  # tests at a time, where a module asks for it
 # .ci/run plays what depends on no Python (modules with ONCE, variations) on its first one only.
 ELSEWHERE = os.environ.get("DICOMUPLOAD_TEST_ONCE") == "done"
+FULL = os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not ELSEWHERE
 # Mutants meet the variations too, on a machine that need not have all the tools of a full run.
-WHOLE = (os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not ELSEWHERE
-         or os.environ.get("DICOMUPLOAD_TEST_VARIATIONS") == "1")
+WHOLE = FULL or os.environ.get("DICOMUPLOAD_TEST_VARIATIONS") == "1"
 
 
 class Ran(NamedTuple):
@@ -119,13 +119,15 @@ def missing(test: unittest.TestCase, reason: str) -> None:
 
 
 def variation(test: Any) -> Any:
-    """A test whose neighbour tests the same way through the program: it waits for a full run."""
+    """A test of which others tell the promise, or go the same way through the program: it waits
+    for a full run, and no Python makes a difference to it."""
     return unittest.skipUnless(WHOLE, "a variation: runs with DICOMUPLOAD_TEST_ALL=1")(test)
 
 
 def or_at_hand(table: Dict[str, Any], *names: str) -> Dict[str, Any]:
     """A table whole in a full run; at hand those of its rows that go ways of their own."""
-    return table if WHOLE else {name: table[name] for name in names}
+    few = {name: table[name] for name in names}
+    return table if WHOLE else few
 
 
 class UploadTest(unittest.TestCase):

@@ -283,7 +283,6 @@ class Counts(FaultTest):
             self.forget_last_line("ended")
             self.run_it(server, status=1, words="B_0002 | Failed .1")
 
-    @variation
     def test_a_series_that_is_short_is_told_in_a_session_under_review(self) -> None:
         self.tree(A)
         with self.xnat(**FILTER) as server:

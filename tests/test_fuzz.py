@@ -29,7 +29,7 @@ from unittest import mock
 
 import dicomUpload
 from tests.dicom import dicom_file, dicomdir_file, uid, write_series
-from tests.support import WHOLE, Ran, UploadTest, alone, variation
+from tests.support import WHOLE, Ran, UploadTest, alone
 from tests.xnat_standin import Fault, Standin
 
 ALONE = True  # it runs main() here, with our arguments, streams and signals
@@ -674,7 +674,6 @@ class WhatItFound(FuzzTest):
         with self.xnat(faults=[Fault("answer", "buildInfo", status=200, body=body)]) as server:
             self.assertEqual(self.upload(server).status, 0)
 
-    @variation
     def test_a_count_that_is_no_number_is_not_believed(self) -> None:
         self.two_files()
         for count in "\u00b2", "9" * 5000, "-2", "2.0":  # a raised 2 is a digit, but no number

@@ -4,7 +4,7 @@ import unittest
 from typing import Any
 
 from tests.faults import FaultTest
-from tests.support import Ran, variation
+from tests.support import WHOLE, Ran
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 
 
@@ -15,9 +15,8 @@ class HowItBegins(FaultTest):
         return self.run_command(["sh", "-c", f'exec "$@" {how}', "sh",
                                  *self.arguments(url, **call)])
 
-    @variation
     def test_closed_streams_stop_no_upload(self) -> None:
-        for number, how in enumerate((">&-", "2>&-", "<&- >&- 2>&-")):
+        for number, how in enumerate(("<&- >&- 2>&-", ">&-", "2>&-")[:3 if WHOLE else 1]):
             with self.subTest(how), self.xnat() as server:
                 self.tree(f"007/pre/A_{number:04}")
                 ran = self.closed(server.url, how)

@@ -613,7 +613,6 @@ class Options(Refusals):
                         found |= {each.compress_type for each in archive.infolist()}
                 self.assertEqual(found | (methods if level == "auto" else set()), methods)
 
-    @variation
     def test_limit_rate_is_shared_among_the_uploads(self) -> None:
         with self.xnat() as server:
             self.run_it(server, "--limit-rate", "4M", "--procs", "2", status=0)

@@ -287,7 +287,6 @@ class ManySessions(FaultTest):
             ran = self.run_it(server, "--procs", "1", status=3, posts=20, commits=20)
             self.assertIn("the server refuses everything", ran.text)
 
-    @variation
     def test_one_that_fails_by_itself_between_sessions_refused_alike_does_not_count(self) -> None:
         self.many(21)
         middle = sorted(self.root.glob("*/*/*"))[10]

@@ -15,10 +15,11 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from tests.dicom import uid, write_series
 from tests.running import COMMIT, HELD, IMPORT, RunningTest, until
-from tests.support import WHOLE, Ran, shown_on, variation
+from tests.support import FULL, WHOLE, Ran, shown_on, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
+MEASURES = "measures memory: runs with DICOMUPLOAD_TEST_ALL=1"
 DEAF_TO_HUP = """import os, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 os.execv(sys.argv[1], sys.argv[1:])
@@ -617,11 +618,11 @@ class WhatItTakes(RunningTest):
             ran = self.upload(server, timeout=60)  # each with each took minutes
             self.assertEqual(ran.status, 0, ran.text[-500:])
 
-    @variation
+    @unittest.skipUnless(FULL, MEASURES)
     def test_memory_stays_under_60_mb_for_8_000_series(self) -> None:
         self.memory(subjects=20, sessions=10, series=40)
 
-    @variation
+    @unittest.skipUnless(FULL, MEASURES)
     def test_memory_stays_under_60_mb_for_200_000_series(self) -> None:
         self.memory(subjects=2000, sessions=10, series=10)
 

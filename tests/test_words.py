@@ -40,12 +40,21 @@ class Names(Words):
         for name, word in (("a\nb", "line break"), ("a\rb", "line break"), ("a\x7f", "DEL"),
                            ("in\nner/x", "line break"), ("\udcff", "UTF-8"), ("a.zip", "archive"),
                            ("a/b.log", "as a log"),
-                           ("a.TGZ", "archive"), ("a.tar.gz", "archive"), ("x.xar", "archive")):
+                           ("a.TGZ", "archive"), ("a.tar.gz", "archive"), ("x.xar", "archive"),
+                           ("a.tar", "archive"), ("a.gz", "archive"), ("a.zar", "archive")):
             with self.subTest(name):
                 self.assertIn(word, dicomUpload.why_unsendable(name))
         for name in ("a", "a.dcm", "\u00fc", "a\tb", "zip", "a.zip/b", "a.gzip", "\U0001f9e0"):
             with self.subTest(name):
                 self.assertEqual(dicomUpload.why_unsendable(name), "")
+
+    def test_names_of_what_is_being_written(self) -> None:
+        for name in ("a.part", "a.dcm.filepart", "a.partial", "a.crdownload", "a.PART"):
+            with self.subTest(name):
+                self.assertTrue(dicomUpload.UNFINISHED.search(name))
+        for name in ("part", "a.part1", "a.part.dcm", "filepart"):
+            with self.subTest(name):
+                self.assertFalse(dicomUpload.UNFINISHED.search(name))
 
     def test_names_that_are_no_data(self) -> None:
         for name in (".", ".git", "._x", "#recycle", "#RECYCLE", "@eaDir", "lost+found",
