@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS: Dict[str, str] = {  # the tests of each section, those that notice most first
@@ -109,7 +109,8 @@ def passes(folder: Path, program: str, modules: Dict[str, float]) -> bool:
         try:
             ended = subprocess.run(
                 [sys.executable, "-m", "unittest", "-f", f"tests.test_{module}"], cwd=folder,
-                env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=seconds)
+                env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                timeout=seconds)
         except subprocess.TimeoutExpired:
             return False
         if ended.returncode:
@@ -128,7 +129,8 @@ def main() -> int:
         return 2
     drawn = itertools.islice((each for each in mutants(source, seed) if not wanted or
                               section_of(source, each.line) in wanted), many)
-    lock, alive, seconds = threading.Lock(), [], {}  # type: Any, List[Mutant], Dict[str, float]
+    lock, alive = threading.Lock(), []
+    seconds: Dict[str, float] = {}  # that each module may take
 
     def copied(folder: Path) -> Path:
         skipped = shutil.ignore_patterns(".git", "work", "__pycache__")
