@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,12 @@ def section_of(source: str, line: int) -> str:
     return above[-1] if above else "words"
 
 
+def hear_signals() -> None:
+    """In a child, before exec: under nohup, or behind a shell's &, some would be ignored."""
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
+
+
 def passes(folder: Path, program: str, modules: Dict[str, float]) -> bool:
     """Whether the tests of these modules find nothing wrong with it, each in so many seconds."""
     (folder / "dicomUpload.py").write_text(program, encoding="utf-8")
@@ -110,7 +117,7 @@ def passes(folder: Path, program: str, modules: Dict[str, float]) -> bool:
             ended = subprocess.run(
                 [sys.executable, "-m", "unittest", "-f", f"tests.test_{module}"], cwd=folder,
                 env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                timeout=seconds)
+                timeout=seconds, preexec_fn=hear_signals)
         except subprocess.TimeoutExpired:
             return False
         if ended.returncode:
