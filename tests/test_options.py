@@ -594,6 +594,11 @@ class Options(Refusals):
                 self.assertEqual([len(post.entries) for post in server.imports()[before:]], parts)
             self.assert_archived(server, "007_pre", wanted)
 
+    def test_what_is_not_given_is_as_the_readme_says(self) -> None:
+        given = settings(self.root)
+        self.assertEqual((given.procs, given.max_files, given.compression, given.retries,
+                          given.timeout, given.limit_rate), (4, 500, dicomUpload.AUTO, 5, 900, 0))
+
     def test_compression_is_zips_level_or_chosen_for_each_part(self) -> None:
         for subject in ("008", "009"):
             self.series(f"{subject}/pre/T1")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from tests.dicom import uid, write_series
-from tests.running import COMMIT, HELD, IMPORT, RunningTest, until
+from tests.running import AGAIN, COMMIT, HELD, IMPORT, RunningTest, until
 from tests.support import FULL, WHOLE, Ran, shown_on, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
@@ -548,7 +548,8 @@ class TheIdleTimer(RunningTest):
         self.tree()
         with self.xnat(build_delay=0.5, archive_seconds=1, **self.IDLE) as server:
             server.fail("reset before", COMMIT)
-            self.run_it(server, "--retries", "1", status=0, posts=2, commits=2)
+            ran = self.run_it(server, "--retries", "2", status=0, posts=2, commits=2)
+            self.assertEqual(len(re.findall(AGAIN, ran.err)), 1, ran.err)
             self.assert_whole(server)
 
 

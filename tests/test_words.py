@@ -90,6 +90,7 @@ class Screen(Words):
     def test_sizes_are_for_people(self) -> None:
         self.table(dicomUpload.size, [
             (0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (9940, "9.9 kB"),
+            (10_400, "10 kB"),
             (56_000, "56 kB"), (1_500_000, "1.5 MB"), (612_000_000, "612 MB"),
             (2_500_000_000, "2.5 GB"), (12_345_000_000_000, "12,345.0 GB")])
 
