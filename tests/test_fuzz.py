@@ -33,8 +33,8 @@ from tests.support import WHOLE, Ran, UploadTest, alone
 from tests.xnat_standin import Fault, Standin
 
 ALONE = True  # it runs main() here, with our arguments, streams and signals
-LONG = 6 if WHOLE else 1
-SECONDS = {"trees": 0.75 * LONG, "configs": 0.25 * LONG, "answers": 0.75 * LONG}
+LONG = 9 if WHOLE else 1
+SECONDS = {"trees": 0.5 * LONG, "configs": 0.25 * LONG, "answers": 0.5 * LONG}
 GOOD = "0/s/G_0001"  # each tree has this series: it is never one without any
 
 
