@@ -28,10 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "dicomUpload.py"
 EXCLUSIONS = ROOT / "Exclusions.json"
 WIDTH = 6  # tests at a time, where a module asks for it
-# .ci/run plays what depends on no Python (modules with ONCE, variations) on its first one only.
+# .ci/run plays what depends on no Python (modules with ONCE) on its first one only, variations on
+# its first and its last one.
 ELSEWHERE = os.environ.get("DICOMUPLOAD_TEST_ONCE") == "done"
 FULL = os.environ.get("DICOMUPLOAD_TEST_ALL") == "1" and not ELSEWHERE
-# Mutants meet the variations too, on a machine that need not have all the tools of a full run.
+# Mutants meet them too, on a machine that need not have all the tools of a full run.
 WHOLE = FULL or os.environ.get("DICOMUPLOAD_TEST_VARIATIONS") == "1"
 
 
@@ -120,7 +121,7 @@ def missing(test: unittest.TestCase, reason: str) -> None:
 
 def variation(test: Any) -> Any:
     """A test of which others tell the promise, or go the same way through the program: it waits
-    for a full run, and no Python makes a difference to it."""
+    for a full run."""
     return unittest.skipUnless(WHOLE, "a variation: runs with DICOMUPLOAD_TEST_ALL=1")(test)
 
 
