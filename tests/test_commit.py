@@ -157,7 +157,8 @@ ROWS = [
         b"experiments/other"), 2, 1, BOTH, 1,
         "archived it under another label .*/other. | look there"),
     # -- what the archive holds already
-    Row("the same images", None, 0, 0, THERE, 0, "already there, 4 files", before=already_there),
+    Row("the same images", None, 0, 0, THERE, 0, "already there, 4 files", before=already_there,
+        beside=True),
     Row("the same images by other names", None, 0, 0, THERE, 0, "already there, 4 files",
         before=already_there_renamed, beside=True),
     Row("the same images with --overwrite-files", None, 0, 0, THERE, 0, "already there, 4 files",

@@ -430,6 +430,7 @@ class FilesThatChangeOnTheWay(RunningTest):
                 self.assertRegex(out, f"007_{name} +C_0003 +not sent +{words}")
                 self.assertRegex(out, f"(?m)^007_{name} +{HELD}")
 
+    @variation
     def test_a_folder_that_has_changed_once_it_is_sent_holds_its_session_back(self) -> None:
         out, statuses = self.play("C", "A_0001")
         self.assertEqual(self.ran.status, 1, self.ran.text)

@@ -157,6 +157,7 @@ class Copies(ReadTest):
                                             f"{names}\n{said}")
             self.assertNotIn("held back", dry.text)
 
+    @variation
     def test_what_only_looks_like_a_copy_is_sent(self) -> None:
         wanted = {}
         # The other one is left out on purpose.

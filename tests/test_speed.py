@@ -259,6 +259,7 @@ class SpeedRules(UploadTest):
                 _, zips = self.count_zips(procs)
                 self.assertLessEqual(zips, 2 * procs)
 
+    @variation
     def test_of_small_series_it_never_holds_more_than_twice_as_many_loads(self) -> None:
         self.grow(sessions=4, series=8)
         loads, zips = self.count_zips(3)

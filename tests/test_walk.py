@@ -79,6 +79,7 @@ class Names(TreeTest):
         for path in strays + ["007/pipe"]:
             self.assertIn(path, self.log())
 
+    @variation
     def test_images_beside_series_or_session_folders_are_a_failure_by_name(self) -> None:
         wanted = self.series("007/pre/T1")
         self.image("007/pre/loose1.dcm")
