@@ -125,6 +125,11 @@ def variation(test: Any) -> Any:
     return unittest.skipUnless(WHOLE, "a variation: runs with DICOMUPLOAD_TEST_ALL=1")(test)
 
 
+def cases(*given: Any, first: int = 1) -> Tuple[Any, ...]:
+    """All of these in a full run; at hand the first, the others go the same way."""
+    return given if WHOLE else given[:first]
+
+
 def or_at_hand(table: Dict[str, Any], *names: str) -> Dict[str, Any]:
     """A table whole in a full run; at hand those of its rows that go ways of their own."""
     few = {name: table[name] for name in names}

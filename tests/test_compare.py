@@ -17,17 +17,12 @@ from typing import Any, Callable, List, NamedTuple, Tuple
 
 from tests.dicom import digests, dicom_file, uid, write_series
 from tests.faults import IMPORT, once
-from tests.support import WHOLE, Ran, UploadTest, drop_root_rights, variation
+from tests.support import Ran, UploadTest, cases, drop_root_rights, variation
 from tests.support import load_tests as load_tests  # side by side
 from tests.xnat_standin import Row, Standin, other_uid
 
 ONE, TWO = "pre/T1_0001", "pre/T2_0002"
 Entries = List[Tuple[str, List[str]]]
-
-
-def cases(*given: Any) -> Tuple[Any, ...]:
-    """All of these in a full run; at hand the first, the others go the same way."""
-    return given if WHOLE else given[:1]
 
 
 class Seen(NamedTuple):
@@ -1224,7 +1219,7 @@ class Scripts(CompareTest):
 
     def test_without_a_ledger_nothing_is_archived_by_halves_and_nothing_untrue_is_said(
             self) -> None:
-        for left in ("archived", "RECEIVING", *(["READY"] if WHOLE else [])):
+        for left in cases("archived", "RECEIVING", "READY", first=2):
             for where in cases("site_script", "project_script"):
                 for changes in cases(["uids"], ["sizes"]):
                     with self.subTest(where=where, changes=changes, left=left), \

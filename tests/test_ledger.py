@@ -9,7 +9,7 @@ import unittest
 from typing import Callable, List
 
 from tests.faults import COMMIT, HELD, IMPORT, THERE, FaultTest
-from tests.support import WHOLE, drop_root_rights, variation
+from tests.support import cases, drop_root_rights, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -184,8 +184,8 @@ class WhatIsGone(LedgerTest):
         with self.xnat() as server:
             self.run_it(server, status=0, posts=3)
             (self.root / "008").rename(self.folder / "008")
-            calls = (), ("-n",), ("--only", "008/pre"), ("-q",), ("--only", "00*")
-            for options in calls if WHOLE else calls[:3]:
+            for options in cases((), ("-n",), ("--only", "008/pre"), ("-q",), ("--only", "00*"),
+                                 first=3):
                 with self.subTest(options):
                     self.gone(server, *options, words="\n  008_pre: .*now there are none")
             self.stays_so(server, "--only", "007")  # tells of its own only
@@ -236,7 +236,7 @@ class WhatIsGone(LedgerTest):
             series.rename(place)
             for make in (lambda: None, series.mkdir):  # gone, then empty
                 make()
-                for options in ((), ("-q",), ("-n",), ()) if WHOLE else ((), ("-n",)):
+                for options in cases((), ("-n",), ("-q",), (), first=2):
                     with self.subTest(options, make=make):
                         self.gone(server, *options, words=r"\n  007_pre B_0002: .*none")
             self.stays_so(server, "--only", "008")
@@ -325,9 +325,9 @@ class WhatItSurvives(LedgerTest):
         with self.xnat() as server:
             self.run_it(server, status=0, posts=2, commits=1)
             *sent, ended = self.ledger().read_text().splitlines(keepends=True)
-            for series in ([], {"A_0001": 7}, 7, {"A_0001": [1, 2, 3, 4, 5, 6, 7]}, {"A_0001": {}},
-                           {"A_0001": ["x", 2, 3, [], None]}, {"A_0001": "abc"}, None)[
-                               :None if WHOLE else 2]:
+            for series in cases(
+                    [], {"A_0001": ["x", 2, 3, [], None]}, {"A_0001": 7}, 7, {"A_0001": {}}, None,
+                    {"A_0001": [1, 2, 3, 4, 5, 6, 7]}, {"A_0001": "abc"}, first=2):
                 with self.subTest(series):
                     line = json.dumps(dict(json.loads(ended), series=series))
                     self.ledger().write_text("".join(sent) + line + "\n")

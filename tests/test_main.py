@@ -4,7 +4,7 @@ import unittest
 from typing import Any
 
 from tests.faults import FaultTest
-from tests.support import WHOLE, Ran
+from tests.support import Ran, cases
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 
 
@@ -16,7 +16,7 @@ class HowItBegins(FaultTest):
                                  *self.arguments(url, **call)])
 
     def test_closed_streams_stop_no_upload(self) -> None:
-        for number, how in enumerate(("<&- >&- 2>&-", ">&-", "2>&-")[:3 if WHOLE else 1]):
+        for number, how in enumerate(cases("<&- >&- 2>&-", ">&-", "2>&-")):
             with self.subTest(how), self.xnat() as server:
                 self.tree(f"007/pre/A_{number:04}")
                 ran = self.closed(server.url, how)

@@ -17,7 +17,7 @@ from typing import Callable, Dict, List, Tuple
 import dicomUpload
 from tests.dicom import uid, write_series
 from tests.running import AGAIN, HELD, HELD_BY_PERMISSIONS, IMPORT, RunningTest, until
-from tests.support import ROOT, WHOLE, need, or_at_hand, variation
+from tests.support import ROOT, cases, need, or_at_hand, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 
 # The program on a file system that knows no locks.
@@ -541,7 +541,7 @@ class TheZip(unittest.TestCase):
                     file.write_bytes(os.urandom(size))
                     files.append(dicomUpload.File(name.format(number), size,
                                                   file.stat().st_mtime_ns))
-                for level in (0, 1, 9) if WHOLE else (0, 1):
+                for level in cases(0, 1, 9, first=2):
                     with self.subTest(name=name, size=size, level=level), contextlib.closing(
                             dicomUpload.Programs()) as programs:
                         dicomUpload.pack(str(series), files, str(self.zip), level, programs)

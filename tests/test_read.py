@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, List, Set, Tuple
 
 from dicomUpload import READERS, File, Series, read_files
 from tests.dicom import dicom_file, dicomdir_file, digests, uid, write_series
-from tests.support import WHOLE, Ran, drop_root_rights, or_at_hand, variation
+from tests.support import Ran, cases, drop_root_rights, or_at_hand, variation
 from tests.support import load_tests as load_tests  # several at a time
 from tests.trees import COPY, TreeTest
 from tests.xnat_standin import Standin
@@ -417,8 +417,8 @@ class Packed(ReadTest):
         for number, content in enumerate(self.images("gz/pre/T1/x", 1, 2).values(), 1):
             pack(f"gz/pre/T1/gz{number}.dcm.gz", {f"gz{number}.dcm": content},
                  gzip.compress(content), "gz/pre/T1")
-        for kind, make in (("zip", zipped), ("tgz", tarred),
-                           ("tar", lambda files: tarred(files, "w")))[:3 if WHOLE else 1]:
+        for kind, make in cases(("zip", zipped), ("tgz", tarred),
+                                ("tar", lambda files: tarred(files, "w"))):
             inside = f"{kind}-inside"
             files = self.images(f"{inside}/pre/GOOD/x", 11, 12)
             pack(f"{inside}/pre/GOOD/{kind}1.{kind}", files, make(files), f"{inside}/pre/GOOD")

@@ -22,7 +22,7 @@ from tests.faults import (AGAIN, BOTH, BUILD, FIRST, HEALING, HELD, IMPORT, NEIT
                           proxy)
 from tests.running import RunningTest, until
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
-from tests.support import WHOLE, slow, variation
+from tests.support import cases, slow, variation
 from tests.xnat_standin import Fault, Standin
 
 LOGIN_VM = "http://127.0.0.1/app/template/Login.vm"
@@ -361,7 +361,7 @@ class ManySessions(FaultTest):
 
     @slow
     def test_an_outage_is_one_line_and_its_end_another_however_many_wait(self) -> None:
-        for options in ((), ("--quiet",))[:2 if WHOLE else 1]:
+        for options in cases((), ("--quiet",)):
             with self.subTest(options):
                 self.work = self.folder / "-".join(("work", *options))
                 begins, ends = self.outage(*options)
@@ -581,9 +581,9 @@ class Loads(RunningTest):
     def test_small_series_share_a_connection_where_xnat_takes_them_side_by_side(self) -> None:
         self.tree(*(f"{subject:03}/pre/S_{number:04}" for subject in range(3)
                     for number in range(1, 7)), files=1)
-        cases = (("1.8.11", "4", [1, 1, 4]), ("1.8.7", "4", [1, 1, 1, 1, 1, 1]),
-                 ("1.8.11", "1", [1, 1, 4]))
-        for version, procs, connections in cases if WHOLE else cases[:2]:
+        for version, procs, connections in cases(
+                ("1.8.11", "4", [1, 1, 4]), ("1.8.7", "4", [1, 1, 1, 1, 1, 1]),
+                ("1.8.11", "1", [1, 1, 4]), first=2):
             with self.subTest(version=version, procs=procs), self.xnat(version=version) as server:
                 self.run_it(server, "--procs", procs, "--again", posts=18, commits=3)
                 ports = Counter((each.params["EXPT_LABEL"], each.port) for each in server.imports())
@@ -693,9 +693,8 @@ class Loads(RunningTest):
 
     def test_what_arrived_beside_one_that_stops_the_run_is_noted(self) -> None:
         where = self.grow()
-        faults = (on(where, "other project", skip=1), on(where, "login page", skip=1),
-                  on(where, "redirect", location=LOGIN_VM, skip=1))
-        for fault in faults if WHOLE else faults[:1]:
+        for fault in cases(on(where, "other project", skip=1), on(where, "login page", skip=1),
+                           on(where, "redirect", location=LOGIN_VM, skip=1)):
             with self.subTest(fault), self.xnat() as server:
                 self.work = self.folder / fault.kind
                 server.faults.append(fault)

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import dicomUpload
 from tests.dicom import uid, write_series
-from tests.support import WHOLE, UploadTest, variation
+from tests.support import UploadTest, cases, variation
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import Request, Standin
 
@@ -252,7 +252,7 @@ class SpeedRules(UploadTest):
             self.assert_arrived(server, 506)
 
     def test_the_workdir_never_holds_more_zips_than_twice_procs(self) -> None:
-        for procs in (1, 3) if WHOLE else (3,):
+        for procs in cases(3, 1):
             with self.subTest(procs=procs):
                 self.setUp()
                 self.grow(sessions=4, series=2, files=4)

@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import dicomUpload
 from tests.dicom import dicom_file, readme_tree, uid, write_series
-from tests.support import EXCLUSIONS, WHOLE, UploadTest, missing, shown_on, variation
+from tests.support import EXCLUSIONS, WHOLE, UploadTest, cases, missing, shown_on, variation
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import User
 
@@ -531,8 +531,8 @@ class Secrets(UploadTest):
 
     def test_a_forced_traceback_does_not_hold_it(self) -> None:
         write_series(self.root / "007/pre/T1", study=uid("t"))
-        places = "Curl._run", "Xnat.log_in", "Upload.one_session", "walk", "find_password"
-        for where in places if WHOLE else places[:1]:
+        for where in cases("Curl._run", "Xnat.log_in", "Upload.one_session", "walk",
+                           "find_password"):
             program = ("import sys, dicomUpload\n"
                        "def boom(*given, **more): raise KeyError(given, more)\n"
                        f"dicomUpload.{where} = boom\nsys.exit(dicomUpload.main())")

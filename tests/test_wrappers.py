@@ -21,7 +21,7 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from tests.support import WHOLE
+from tests.support import cases
 
 ONCE = True  # the Python that it runs on makes no difference
 
@@ -335,15 +335,15 @@ class RunUploadDocker(Wrapped):
         self.assertEqual(options[-3:], ["--network=host", "--env", "A*"])
 
     def test_the_exit_status_is_the_containers(self) -> None:
-        for status in (0, 1, 3, 125) if WHOLE else (0, 3):
+        for status in cases(0, 3, 1, 125, first=2):
             for password in ("", SECRET):
                 with self.subTest(status=status, password=password):
                     done = self.run_with(STATUS=str(status), XNAT_PASS=password)
                     self.assertEqual(done.status, status)
 
     def test_signals_reach_the_engine(self) -> None:
-        for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130))[:2 if WHOLE else 1]:
-            for password in (SECRET, "")[:2 if WHOLE else 1]:
+        for number, status in cases((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            for password in cases(SECRET, ""):
                 with self.subTest(signal=number, password=password):
                     self.forget()
                     environment = self.settings(XNAT_PASS=password)
