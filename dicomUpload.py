@@ -519,13 +519,13 @@ def unreadable(thing: str, error: OSError) -> Trouble:
 def read_session(series: List[Series], tick: Callable[[], None]) -> None:
     """Read the headers of a session's files, and say of each file what it is.
 
-    `tick` is called for each file. Raises Trouble for two studies in one session.
+    `tick` is called before each file, and may end it. Raises Trouble for two studies in one
+    session.
     """
     blank: List[Tuple[Series, str, str]] = []
     files = [(each, file) for each in series for file in each.files]
-    for one, file, found in read_files(files):
+    for one, file, found in read_files(files, tick):
         blank += look_at(one, file, found)
-        tick()
     shapes = {name_shape(image.name) for each in series for image in each.images}
     for each, name, why in blank:  # an image that broke, if it is named as the others are
         if name_shape(name) in shapes or re.search(r"\.(dcm|ima|dicom)$", name.lower()):
@@ -542,11 +542,13 @@ def read_session(series: List[Series], tick: Callable[[], None]) -> None:
                             if each.files else "is empty")
 
 
-def read_files(files: List[Tuple[Series, File]]) -> Iterator[Tuple[Series, File, Found]]:
+def read_files(files: List[Tuple[Series, File]], tick: Callable[[], None]
+               ) -> Iterator[Tuple[Series, File, Found]]:
     """Read the headers one after another; several at a time where each is waited for, as on a
     share. All others would only be slowed down: threads of Python share one core."""
 
     def read(pair: Tuple[Series, File]) -> Tuple[Series, File, Found, float]:
+        tick()
         began, path = time.monotonic(), os.path.join(pair[0].folder, pair[1].name)
         found: Found
         try:
@@ -2722,7 +2724,7 @@ class Upload:
             series=memory.renewed([each for each in series if not each.problems]))
 
     def _has_read(self) -> None:
-        """One file more has been read. Raises Stopping: thousands may be to come."""
+        """One file more is read. Raises Stopping: thousands may be to come."""
         self.teller.has_read()
         self.xnat.programs.pause(0)
 

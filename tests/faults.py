@@ -211,6 +211,7 @@ class Row(NamedTuple):
     archived: bool = True             # where everything is in the end
     more: Any = None                  # Hook: further checks after the first run
     beside: bool = False              # it goes the same way through the program as a neighbour
+    waits: bool = False               # it takes seconds
 
 
 def narrowed(fault: Fault, label: str) -> Fault:
@@ -309,7 +310,7 @@ def as_test(row: Row) -> Callable[[TableTest], None]:
         self.play(row)
 
     test = variation(test) if row.beside else test
-    return slow(test) if "slow" in row.name else test
+    return slow(test) if row.waits else test
 
 
 def add_rows(case: Any, rows: Collection[Row]) -> None:

@@ -251,8 +251,8 @@ class Kept:
 
 
 class SideBySide(unittest.TestSuite):
-    """Tests that need nobody's company, several at a time; the slow ones are begun first, the
-    others in a mixed order: those of one module often wait for the same."""
+    """Tests that need nobody's company, several at a time, in a mixed order: those of one module
+    often wait for the same. The slow ones come in its first half, or the end waits for one."""
 
     def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
         tests = list(leaves(self))
@@ -264,8 +264,9 @@ class SideBySide(unittest.TestSuite):
 
         with ThreadPoolExecutor(WIDTH) as pool:
             jobs = {}
-            order = random.Random(1).sample(range(len(tests)), len(tests))
-            for number in sorted(order, key=lambda number: not is_slow(tests[number])):
+            place = [random.Random(number).random() / (1 + is_slow(test))
+                     for number, test in enumerate(tests)]
+            for number in sorted(range(len(tests)), key=place.__getitem__):
                 jobs[number] = pool.submit(play, number)
             for number in range(len(tests)):
                 if result.shouldStop:

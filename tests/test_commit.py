@@ -134,7 +134,7 @@ ROWS = [
     # -- commit                            posts, commits, report, exit status, words
     Row("a project for review", None, 2, 1, BOTH, 0, "in the prearchive", **MANUAL),
     Row("a commit for review whose answer was lost", on(COMMIT, "reset after"), 2, 2, BOTH, 0,
-        "in the prearchive", **MANUAL),
+        "in the prearchive", waits=True, **MANUAL),
     Row("--review leaves it to a person", None, 2, 0, BOTH, 0, "in the prearchive.*4 files",
         options="--review", archived=False),
     Row("a commit whose session was deleted", None, 2, 1, BOTH, 1, "no longer|gone|deleted",
@@ -142,7 +142,7 @@ ROWS = [
     Row("a commit that goes on after 504", on(COMMIT, "background"), 2, 1, BOTH, 0,
         "archived, 4 files", knobs={"build_delay": 0.5, "archive_seconds": 1}, beside=True),
     Row("a commit that takes longer than XNAT waits", None, 2, 1, BOTH, 0, "archived, 4 files",
-        knobs={"archive_timeout": 0.3, "archive_seconds": 1.5}),
+        knobs={"archive_timeout": 0.3, "archive_seconds": 1.5}, waits=True),
     Row("a server session that expires before its commit", on(COMMIT, "drop sessions"), 2, 1, BOTH,
         0, "archived, 4 files verified"),
     Row("a commit that is a login page", on(COMMIT, "login page"), 2, 1, BOTH, 3, "login"),
@@ -215,6 +215,7 @@ ROWS = [
 
 class Answers(TableTest):
 
+    @slow
     def test_what_a_commit_has_done_is_found_out_and_what_it_has_not_is_done_once(self) -> None:
         self.play_together(COMMITS)
 

@@ -135,6 +135,7 @@ class LineTest(RunningTest):
         for path in "007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001", "008/pre/B_0002":
             self.big_series(path, 1, files=2)
 
+    @slow
     def test_a_line_that_is_down_for_three_seconds_loses_and_doubles_nothing(self) -> None:
         self.series()
         with self.line(20) as line:

@@ -12,7 +12,7 @@ import unittest
 from dicomUpload import Answer, Trouble, rows_of
 from tests.faults import (AGAIN, BOTH, BUILD, IMPORT, LOGIN, START, FaultTest, Row, TableTest,
                           add_rows, ever, on, page, proxy)
-from tests.support import need, shown_on, take_terminal, variation
+from tests.support import need, shown_on, slow, take_terminal, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin, User
 
@@ -98,6 +98,7 @@ ROWS = [
 
 class Meeting(TableTest):
 
+    @slow
     def test_what_is_there_is_seen_under_an_alias_and_after_a_hiccup_without_asking_each(
             self) -> None:
         archive, prearchive = "/data/experiments", "/data/prearchive/projects/BRAIN"

@@ -858,7 +858,7 @@ class Opening(ReadTest):
 
     def test_files_that_are_waited_for_are_read_several_at_a_time(self) -> None:
         share = Share(self.folder, 4 * READERS)
-        found = [header for _, _, header in read_files(share.files)]
+        found = [header for _, _, header in read_files(share.files, lambda: None)]
         self.assertEqual([getattr(each, "sop", each) for each in found], share.sops)
         self.assertEqual(set(share.at_once[:READERS]), {1})  # it is not known yet
         self.assertEqual(max(share.at_once), READERS)
@@ -868,14 +868,12 @@ class Opening(ReadTest):
         self.series("007/pre/T1", files=4 * READERS)
         readers: Set[int] = set()
 
-        class Folder(os.PathLike):  # type: ignore[type-arg]
-            def __fspath__(folder) -> str:
-                readers.add(threading.get_ident())
-                return str(self.root / "007/pre/T1")
+        def tick() -> None:
+            readers.add(threading.get_ident())
 
-        series = Series("T1", Folder())  # type: ignore[arg-type]
-        found = list(read_files([(series, File(path.name, path.stat().st_size, 0))
-                                 for path in (self.root / "007/pre/T1").iterdir()]))
+        series = Series("T1", str(self.root / "007/pre/T1"))
+        found = list(read_files([(series, File(each.name, each.stat().st_size, 0))
+                                 for each in os.scandir(series.folder)], tick))
         self.assertEqual((len(found), readers), (4 * READERS, {threading.get_ident()}))
 
 

@@ -165,7 +165,7 @@ ALONE = [
     Row("a 503 with Retry-After is waited for", proxy(503, retry_after="3"), 3, 1, BOTH, 0, AGAIN,
         more=waited(3), beside=True),
     Row("a 503 twice heals with two retries", proxy(503, times=2), 4, 1, BOTH, 0,
-        r"\(1 of 2\) | answers again", options="--retries 2"),
+        r"\(1 of 2\) | answers again", options="--retries 2", waits=True),
     Row("a 503 is not tried again without retries", proxy(503), 2, 0, SECOND, 1, "HTTP 503",
         options="--retries 0", beside=True),
     Row("an import that lands after its client has gone", on(
@@ -185,6 +185,7 @@ ALONE = [
 
 class Answers(TableTest):
 
+    @slow
     def test_what_is_refused_is_told_held_back_and_completed_by_the_next_run(self) -> None:
         self.play_together(FOR_GOOD)
 
@@ -331,6 +332,7 @@ class ManySessions(FaultTest):
             self.run_it(server, status=0)
             self.assert_whole(server)
 
+    @slow
     def test_every_wait_is_announced_in_one_line_with_its_number(self) -> None:
         self.tree("007/pre/A_0001")
         with self.xnat() as server:

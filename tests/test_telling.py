@@ -17,7 +17,8 @@ from typing import Any, Dict, List, Set, Tuple
 
 import dicomUpload
 from tests.dicom import dicom_file, readme_tree, uid, write_series
-from tests.support import EXCLUSIONS, WHOLE, UploadTest, cases, missing, shown_on, variation
+from tests.support import (EXCLUSIONS, WHOLE, UploadTest, cases, missing, shown_on, slow,
+                           variation)
 from tests.support import load_tests as load_tests  # several at a time
 from tests.xnat_standin import User
 
@@ -258,6 +259,7 @@ class Progress(Messy):
         """One part of 21 MB: far more than the kernel keeps for a line that is slow."""
         write_series(self.root / "007/pre" / name, study=uid("p"), files=40, rows=512, columns=512)
 
+    @slow
     def test_it_moves_within_one_series_and_never_wraps(self) -> None:
         name = "\u6d88\u5316\u5668\u5185\u79d1 T1 \u00e4 " + "x" * 120
         self.long_series(name)
@@ -291,6 +293,7 @@ class Progress(Messy):
         self.assertGreater(len(drawn), 5)
         self.assertLessEqual(len(drawn), 10 * took + 1)
 
+    @slow
     def test_a_long_upload_shows_life_in_a_cron_log_and_a_quiet_one_does_not(self) -> None:
         write_series(self.root / "007/pre/T1", study=uid("p"))
         # The real program, only with less patience than a minute.
