@@ -40,6 +40,7 @@ Needs Python 3.8, curl 7.61, zip 3.0; no packages. Reads in the order of a run:
 from __future__ import annotations
 
 import argparse
+import base64
 import bz2
 import csv
 import datetime
@@ -1363,8 +1364,10 @@ class Curl:
                   "--write-out", rf"\n%{{http_code}} %{{redirect_url}} {self._mark}\n"]
         shared += ["--cacert", settings.cacert] if settings.cacert else []
         shared += ["--insecure"] if settings.insecure else []
-        # With login and cookie, a server session that expired heals itself.
-        secret = f"\n--user {quoted(f'{settings.user}:{settings.password}')}"
+        # With login and cookie, a server session that expired heals itself. Never --user: of a
+        # redirect without a host, curl tells a URL with the login in it.
+        login = base64.b64encode(os.fsencode(f"{settings.user}:{settings.password}")).decode()
+        secret = f"\n--header {quoted(f'Authorization: Basic {login}')}"
         secret += f"\n--cookie {quoted(f'JSESSIONID={self.cookie}')}" if self.cookie else ""
         asked = [[*options, "--url", settings.url + path] for path, options in requests]
         # --disable must come first, or ~/.curlrc is read. The rest on its standard input, where

@@ -149,6 +149,8 @@ ALONE = [
         "login refused", more=stops_asking, beside=True),
     Row("a redirect to the expired password", on(IMPORT, "redirect", location=EXPIRED_VM), 1, 0,
         NEITHER, 3, "expired", more=stops_asking, beside=True),
+    Row("a redirect without a host", on(IMPORT, "redirect", location="/my.policy"), 1, 0, NEITHER,
+        3, r"has another address \(HTTP 302, to http://127[^@]*/my\.policy\)"),
     Row("a redirect to https", on(IMPORT, "redirect", status=301, location="https://127.0.0.1/x"),
         1, 0, NEITHER, 3, r"another address \(HTTP 301, to https://127.0.0.1/x\): give that",
         more=stops_asking, beside=True),
