@@ -1255,7 +1255,8 @@ class Answer:
 
     @property
     def is_html(self) -> bool:
-        return bool(re.match(r"\s*<(!doctype|html|!--)", self.body, re.IGNORECASE))
+        return bool(re.match(r"\s*(<\?xml[^>]*>\s*)?<(!doctype|!--|(html|head|meta|script|body)\b)",
+                             self.body, re.IGNORECASE))
 
     @property
     def evidence(self) -> str:
@@ -1510,6 +1511,8 @@ MEANINGS = (
             heals=True, gone=True, goes_on=True),
     Meaning(r"curl exit 35\b", "no encrypted connection comes about",
             "check https or http, and the port", heals=True, gone=True),
+    Meaning(r"curl exit 56\b.*(response|HTTP code) 4", "the proxy refuses it",
+            "check https_proxy and no_proxy"),
     Meaning(r"curl exit (16|18|52|55|56|65|92|95|96)\b", "the connection broke", LATER,
             heals=True, gone=True),
     Meaning(r"curl exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is "
@@ -1517,7 +1520,8 @@ MEANINGS = (
             "the XNAT admin"),
     Meaning(r"curl exit 60\b", "the server's certificate is not trusted",
             "give your site's CA with --cacert FILE"),
-    Meaning(r"curl exit 77\b", "the CA file cannot be read", "check --cacert"),
+    Meaning(r"curl exit 77\b", "the CA file cannot be read",
+            "check --cacert, CURL_CA_BUNDLE and SSL_CERT_FILE"),
     Meaning("curl exit -", "curl was killed", "run again", heals=True, gone=True),
     Meaning("curl exit", "curl failed", "run again"),
     # What lets us in nowhere.
@@ -1528,7 +1532,7 @@ MEANINGS = (
     Meaning("HTTP 3.*InactiveAccount", "the account is not active yet", "ask the XNAT admin",
             stops=True),
     Meaning(r"HTTP 3.., to \w+://[^/]+/.*(app/template/|\b(mfa|saml2?|oauth2?|openid|"
-            r"shibboleth|sso)\b)",
+            r"shibboleth|sso|cas|adfs|cdn-cgi|my\.policy|vpn|log-?in|sign-?in)\b)",
             "a second login stands before XNAT",
             "give an alias token as USER and PASS, or ask the XNAT admin", stops=True),
     Meaning("HTTP 3.., to (?!.*/data/archive/)", "the server has another address",
@@ -1543,10 +1547,10 @@ MEANINGS = (
     Meaning("HTTP (400|409|423|500).*(concurrent file sends|session processing (may already be )?"
             "in progress|concurrent modification is discouraged|duplicate archive attempt|"
             "destination session in use)", BUSY, LATER, heals=True, goes_on=True),
-    Meaning("HTTP 504", "a proxy gave up waiting", "lower --max-files, or ask the admin to raise "
-            "proxy_read_timeout", heals=True, gone=True, goes_on=True),
+    Meaning("HTTP (504|524)", "a proxy gave up waiting", "lower --max-files, or ask the admin to "
+            "raise proxy_read_timeout", heals=True, gone=True, goes_on=True),
     Meaning("HTTP (408|429)", BUSY, LATER, heals=True),
-    Meaning("HTTP (502|503)", "XNAT does not answer behind its proxy", LATER,
+    Meaning("HTTP (502|503|52[0-3])", "XNAT does not answer behind its proxy", LATER,
             heals=True, gone=True),
     # What XNAT refuses to import.
     Meaning("HTTP 413", NO, "lower --max-files, or ask the admin to raise client_max_body_size"),
@@ -1563,8 +1567,8 @@ MEANINGS = (
     Meaning("matching files|same resources", NO, "XNAT has some of these images: delete the "
             "session in the prearchive, then run again; if it stays, or they are newer here, add "
             "--overwrite-files --again, and --only for this session"),
-    Meaning("modality|(another|session) subject|session uid", NO, "XNAT has another subject, study "
-            "or modality under this label: rename the folder"),
+    Meaning("modality|another subject|session (subject|project|uid)", NO, "XNAT has another "
+            "subject, study or modality under this label: rename the folder"),
     Meaning("event tracking for", "another user tried to archive it first",
             "see that this one does, or delete it in XNAT's prearchive, then run again"),
     Meaning("timeout interval", "XNAT is still at work on it", LATER),
@@ -1604,6 +1608,9 @@ class Xnat(Curl):
     def log_in(self) -> None:
         """Open the one server session of this run. Raises Stop(3) with the reason."""
         answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
+        if answer.status in (403, 404, 405, 407):
+            raise Stop(f"{self.settings.url}: no login there ({answer.evidence}): is this XNAT's "
+                       "own address? does a firewall, or XNAT, let this machine in?")
         if answer.status != 200:
             raise self.stop_for(answer)
         if not re.match(r"[0-9A-Za-z._-]{1,200}\s*$", answer.body):
@@ -1650,7 +1657,7 @@ class Xnat(Curl):
         """What the server holds of the session at `path`; in the prearchive, as of its last build.
         Raises Trouble if the server does not tell, or does not show an archived session."""
         urls = [path + "/scans?format=json&columns=ID,UID",
-                path + "/scans/ALL/resources?format=json&cache_file_stats=true"]
+                path + "/scans/ALL/resources?format=json"]
         if "/prearchive/" in path:
             urls = [path + "?format=xml", path + "/resources?format=json"]
         first, second = self.ask_once(*urls)
@@ -1668,8 +1675,8 @@ class Xnat(Curl):
             scan, label, count = (row.get(name, "") for name in ("cat_id", "label", "file_count"))
             if scan in uids and label in ("DICOM", "secondary"):
                 names_path = f"{path}/scans/{quote(scan, safe='')}/resources/{label}/files"
-                if not re.fullmatch("[0-9]{1,9}", count):  # a catalog without statistics
-                    count = str(len(self.names(names_path)) or "")
+                if not re.fullmatch("[1-9][0-9]{0,8}", count):  # a catalog without statistics
+                    count = str(len(self.names(names_path)) or ("0" if count == "0" else ""))
                 if not count:
                     raise Trouble(f"XNAT does not tell how many files scan {scan} has ({path})",
                                   "ask the XNAT admin to refresh its catalogs, then run again")
@@ -1691,7 +1698,8 @@ class Xnat(Curl):
             if pause == 2.0:
                 self.teller.say(f"{address}: XNAT is at work on it ({status}): waiting")
             self.programs.pause(pause)
-        raise Trouble(f"XNAT is still at work on it ({address} is {status})", LATER)
+        raise Trouble(f"XNAT is still at work on it ({address} is {status})",
+                      f"{LATER}; if it stays so, ask the XNAT admin to reset its status")
 
     def post_once(self, session: Session, zips: Sequence[str],
                   moved: Sequence[Callable[[float], None]]) -> List[Answer]:
@@ -1715,7 +1723,7 @@ class Xnat(Curl):
             lambda: self.post_once(session, [zipped], [moved])[0], files, tried)
         series.tries, series.http = series.tries + tries, answer.status
         addresses, what = sorted(set(answer.body.split())), answer.evidence
-        if answer.status in (413, 504):  # a proxy's limits: how big was it?
+        if answer.status in (413, 504, 524):  # a proxy's limits: how big was it?
             what += f", for a zip of {size(os.path.getsize(zipped))} with {plural(files, 'file')}"
         if answer.status != 200:
             raise Trouble(f"{meaning.means} ({what})", meaning.to_do, refused=True)
@@ -1727,11 +1735,13 @@ class Xnat(Curl):
             found = ADDRESS.search(address)
             if not found:
                 raise Trouble(f"no address came back but {'a web page' if answer.is_html else what}"
-                              , "is this XNAT's own address?")
+                              , "is this XNAT's own address, and is it up? a firewall or a "
+                              "maintenance page may answer in its place", refused=True)
             if found[1] != self.project:
                 raise Misplaced(f"project {self.project}: XNAT put {session.label} {series.name} "
                                 f"into project {found[1]} ({address}): do not run again, have it "
-                                "deleted there, and ask the XNAT admin")
+                                "deleted there, with what else is there of sessions that are not "
+                                "finished, and ask the XNAT admin")
             if found[2] != session.label or len(addresses) > 1:
                 raise Trouble(f"XNAT put it into another session ({', '.join(addresses)})",
                               "look there, and ask the XNAT admin")
@@ -1812,7 +1822,7 @@ class Contents:
         # An alias was given; or the server hiccuped, and what it said then is not what it holds.
         if xnat.project != xnat.settings.project or {told.status, editable.status} != {200}:
             answers = xnat.ask_once(*self._urls())
-        info, code, listed, waiting = (answer.json() for answer in answers)
+        code, listed, waiting, info = (answer.json() for answer in answers)
         # Without a version the series of a session go one by one.
         xnat.version = str(info.get("version", "")) if isinstance(info, dict) else ""
         # Whether XNAT replaces files that it has (PrearchiveCode.AutoArchiveOverwrite).
@@ -1828,12 +1838,13 @@ class Contents:
                 self._prearchive[row["name"]].append(address_of(row))
 
     def _urls(self) -> List[str]:
-        """Where XNAT tells its version, what it does with a commit, and what it holds."""
+        """Where XNAT tells what it does with a commit, what it holds, and its version: some
+        firewalls let nobody ask for that."""
         archive = "/data/experiments?" + urlencode({
             "project": self.xnat.project, "xsiType": "xnat:imageSessionData",
             "columns": "label,subject_label,UID", "format": "json"}, safe=":,")
-        return [BUILD_INFO, self.xnat.path("prearchive_code"), archive,
-                self._prearchive_path() + "?format=json"]
+        return [self.xnat.path("prearchive_code"), archive,
+                self._prearchive_path() + "?format=json", BUILD_INFO]
 
     def _prearchive_path(self) -> str:
         return self.xnat.path().replace("/data/", "/data/prearchive/")
@@ -1853,7 +1864,8 @@ class Contents:
             if row.get("subject_id"):
                 owner = self._fields(self.xnat.path("subjects", row["subject_id"]))
                 row["subject_label"] = owner.get("label") or row["subject_id"]
-            self._archive[session.label] = row
+            if row or session.label not in self._archive:  # in quarantine it is listed, not shown
+                self._archive[session.label] = row
         return self._archive.get(session.label, {})
 
     def _fields(self, path: str) -> Row:
@@ -3435,8 +3447,8 @@ def check(given: argparse.Namespace) -> None:
     for name in ("url", "user", "password", "project"):
         if not sendable(getattr(given, name)):
             refuse(name.upper(), "is empty, or holds a character that is no text: give it again")
-    if "://" in given.user and "://" not in given.url:
-        refuse("USER", "looks like a URL: give URL USER PASS PROJECT ROOTDIR in this order")
+    if ":" in given.user:
+        refuse("USER", "holds a colon: give URL USER PASS PROJECT ROOTDIR in this order")
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
         if getattr(given, name) == "":
             refuse(f"--{name}", "is empty: give a name, or leave the option out")

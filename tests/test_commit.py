@@ -118,6 +118,11 @@ def says_the_same(test: FaultTest, server: Standin) -> None:
     test.run_it(server, "--dry-run", status=0)
 
 
+def stays_hidden(test: FaultTest, server: Standin) -> None:
+    """What is archived and not shown is not sent again."""
+    test.run_it(server, status=1, posts=0, commits=0, words="XNAT does not show it to alice")
+
+
 def counted(scan: int, files: int) -> Fault:
     """The server counts so many files in one of the two scans."""
     body = rows_of(*({"label": "DICOM", "cat_id": str(number),
@@ -128,7 +133,8 @@ def counted(scan: int, files: int) -> Fault:
 
 MANUAL = {"call": {"project": "MANUAL"}, "archived": False}
 NO_LISTS = {"refuse_lists": ("archive", "prearchive")}
-COUNT = r"GET .*/experiments/007_pre/scans"
+ONE = r"GET .*/experiments/007_pre"
+COUNT = ONE + "/scans"
 
 ROWS = [
     # -- commit                            posts, commits, report, exit status, words
@@ -206,8 +212,17 @@ ROWS = [
         "007_pre/scans", "answer", status=200, body=b"<html><h1>Maintenance</h1></html>",
         headers=(("Content-Type", "text/html"),))), 0, 0, NEITHER, 1,
         "cannot be read .HTTP 200, a web page. | XNAT's own address", before=already_there),
-    Row("a session in quarantine", ever(page(404, "Not there", where=COUNT)), 2, 1, BOTH, 1,
-        "it is archived, but XNAT does not show it to alice .HTTP 404.* | the project's owner"),
+    Row("scans that are XHTML", ever(on(
+        "007_pre/scans", "answer", status=200,
+        body=b"<?xml version='1.0'?>\n<!DOCTYPE html><html><h1>Maintenance</h1></html>")), 0, 0,
+        NEITHER, 1, "cannot be read .HTTP 200, a web page", before=already_there),
+    Row("a session in quarantine", ever(page(404, "Not there", where=ONE)), 2, 1, BOTH, 1,
+        "it is archived, but XNAT does not show it to alice .HTTP 404.* | the project's owner",
+        more=stays_hidden),
+    Row("counts that were stored earlier", None, 2, 1, BOTH, 0, "archived, 4 files verified",
+        knobs={"stored_count": 1}),
+    Row("a count of nothing where there are names", counted(1, 0), 2, 1, BOTH, 0,
+        "archived, 4 files verified"),
     Row("snapshots are no images", None, 2, 1, BOTH, 0, "archived, 4 files verified",
         knobs={"snapshots": True}, beside=True),
 ]

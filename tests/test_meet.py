@@ -34,6 +34,8 @@ ROWS = [
     Row("a login refused", page(401, where=LOGIN), 0, 0, START, 3, "login refused .*check USER"),
     Row("a wrong password", None, 0, 0, START, 3, "login refused .*check USER",
         call={"password": "wrong"}, more=one_login),
+    Row("a login behind a firewall", page(403, where=LOGIN), 0, 0, START, 3,
+        "no login there .HTTP 403.* firewall"),
     Row("a login that is a page", on(LOGIN, "login page"), 0, 0, START, 3, "web page"),
     Row("a login that is empty", on(LOGIN, "empty"), 0, 0, START, 3, "XNAT's own address"),
     Row("a login without XNAT behind the proxy", ever(proxy(503, LOGIN)), 0, 0, START, 3,

@@ -161,7 +161,7 @@ class OldCurl(UploadTest):
                 ran = self.upload(server, *options_given, password="-", environment=path)
                 self.assertEqual(ran.status, 0, ran.text)  # 008/pre is there by then
         used = self.used()
-        self.assertLessEqual({"cacert", "insecure", "limit-rate", "form", "url", "user"}, used)
+        self.assertLessEqual({"cacert", "insecure", "limit-rate", "form", "url", "header"}, used)
         self.assertEqual(used - CURL_7_61, set())
 
     def test_the_program_names_no_option_that_neither_it_nor_curl_7_61_has(self) -> None:

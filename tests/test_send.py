@@ -150,7 +150,7 @@ ALONE = [
     Row("a redirect to the expired password", on(IMPORT, "redirect", location=EXPIRED_VM), 1, 0,
         NEITHER, 3, "expired", more=stops_asking, beside=True),
     Row("a redirect without a host", on(IMPORT, "redirect", location="/my.policy"), 1, 0, NEITHER,
-        3, r"has another address \(HTTP 302, to http://127[^@]*/my\.policy\)"),
+        3, r"a second login stands .*\(HTTP 302, to http://127[^@]*/my\.policy\)"),
     Row("a redirect to https", on(IMPORT, "redirect", status=301, location="https://127.0.0.1/x"),
         1, 0, NEITHER, 3, r"another address \(HTTP 301, to https://127.0.0.1/x\): give that",
         more=stops_asking, beside=True),
@@ -261,6 +261,13 @@ class ManySessions(FaultTest):
                                     "Report: ")
             self.assertNotRegex(ran.text, "(?m)(?<!if not, )copy that file again$")
             self.assertEqual(self.statuses(), ", ".join(25 * ["not sent"]))
+
+    def test_a_page_of_maintenance_in_place_of_every_import_stops_the_run(self) -> None:
+        self.many(22)
+        with self.xnat() as server:
+            server.fail("answer", IMPORT, status=200, body=b"<html>Down until 6</html>", times=None)
+            self.run_it(server, "--procs", "1", status=3, posts=20, commits=0,
+                        words="refuses everything .20 sessions in a row.* a web page")
 
     @variation
     def test_sessions_refused_alike_with_one_that_passes_between_do_not_stop_it(self) -> None:

@@ -99,6 +99,7 @@ class Knobs:
     route_by_header: bool = False     # an unknown project: StudyDescription may name one
     snapshots: bool = False           # archived scans have a SNAPSHOTS resource too
     all_scans: bool = True            # scans/ALL, and *, stand for all of them, in the archive
+    stored_count: int = 0             # of a resource's files, by what was stored earlier
     statistics: str = "stored"        # of resources; "on request" and "never": blank (13.1)
     file_names: bool = True           # False: scans/N/resources/DICOM/files is an empty list
     refuse_lists: Collection[str] = ()  # "archive", "prearchive": a project's list is a 403
@@ -2291,9 +2292,11 @@ def scan_resources(xnat: "Standin", exchange: Exchange, *place: str) -> Answer:
 
 def resources(xnat: "Standin", exchange: Exchange, session: Session,
               scans: List[str]) -> Answer:
-    """The resources of these scans and their counts, which are statistics that XNAT may have or
-    not, and may gather when it is asked to (section 13.1)."""
-    if truthy(exchange.params.get("cache_file_stats")):
+    """The resources of these scans and their counts. With cache_file_stats, newer versions tell
+    what was stored earlier, else they count (CatalogUtils.populateTable); older ones have
+    statistics or not, and gather them when they are asked to (section 13.1)."""
+    stored = truthy(exchange.params.get("cache_file_stats"))
+    if stored:
         session.counted.update(scans)
     rows: List[Dict[str, Any]] = []
     for scan in scans:
@@ -2306,6 +2309,8 @@ def resources(xnat: "Standin", exchange: Exchange, session: Session,
                          "label": "SNAPSHOTS", "file_count": 2, "file_size": 2000,
                          "format": "GIF"})
     for row in rows:
+        if stored and xnat.knobs.stored_count:
+            row.update(file_count=xnat.knobs.stored_count)
         if xnat.knobs.statistics == "never" or (
                 xnat.knobs.statistics == "on request" and row["cat_id"] not in session.counted):
             row.update(file_count="", file_size="")
