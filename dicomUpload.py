@@ -149,7 +149,7 @@ class Settings:
     rootdir: str = option("ROOTDIR", "the folder that holds the subjects")
     config: Tuple[str, ...] = option(
         "--config FILE", 'JSON, {"Exclude": ["AAHEAD"]}: leave out series whose folder name '
-        "contains one of these, in any case")
+        "contains one of these, in any case (repeatable)", [], action="append")
     only: List[str] = option("--only PATTERN", "glob on subject or subject/session, or a "
                              "session's label: send only these (repeatable)", [], action="append")
     shard: Tuple[int, int] = option("--shard K/N", "of N machines that share the tree this is "
@@ -182,12 +182,13 @@ class Settings:
 
     def matching(self, subject: str, name: str) -> Set[str]:
         """The patterns of --only that choose this session: by its folders, or its label."""
-        found = set()
+        found, label = set(), Session(subject, name).label
+        subject, name = one_form(subject), one_form(name)
         for pattern in self.only:
-            of_subject, _, of_session = pattern.partition("/")
+            of_subject, _, of_session = one_form(pattern).partition("/")
             fits = fnmatch.fnmatchcase(subject, of_subject) and (  # it decides if there is no name
                 not name or fnmatch.fnmatchcase(name, of_session or "*"))
-            if fits or pattern == Session(subject, name).label:
+            if fits or pattern == label:
                 found.add(pattern)
         return found
 
@@ -196,13 +197,18 @@ class Settings:
         if self.only and not self.matching(subject, name):
             return False
         number, shards = self.shard
-        # One form of each letter: macOS and Linux may store the same name in two.
-        raw = unicodedata.normalize("NFC", subject).encode("utf-8", "surrogateescape")
+        raw = one_form(subject).encode("utf-8", "surrogateescape")
         return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") % shards == number - 1
 
     def left_out(self, series: str) -> str:
         """The exclusion that this series' name contains, or ''."""
-        return next((each for each in self.config if each.lower() in series.lower()), "")
+        name = one_form(series).lower()
+        return next((each for each in self.config if one_form(each).lower() in name), "")
+
+
+def one_form(name: str) -> str:
+    """A name with one form of each letter: macOS and Linux may store the same name in two."""
+    return unicodedata.normalize("NFC", name)
 
 
 class Session(NamedTuple):
@@ -619,29 +625,34 @@ def find_copies(series: List[Series]) -> None:
     for each in series:
         for image in each.images:
             owners[image.series, image.sop].append((each, image))
+    copies: Set[File] = set()
     for found in owners.values():
         if len(found) > 1:
-            settle_copies(sorted(found, key=lambda pair: (len(pair[1].name), pair[1].name)))
+            copies |= settle_copies(sorted(
+                found, key=lambda pair: (len(pair[1].name), pair[1].name)))
+    for each in series:
+        each.images = [image for image in each.images if image not in copies]
 
 
-def settle_copies(found: List[Tuple[Series, File]]) -> None:
-    """Of equal files of one UID only the first stays; if they differ, all their series fail."""
+def settle_copies(found: List[Tuple[Series, File]]) -> Set[File]:
+    """Of equal files of one UID all but the first are told and returned; if they differ, all their
+    series fail."""
     names = [f"{series.name}/{image.name}" for series, image in found]
     try:
         contents = {(image.bytes, crc_of(series, image)) for series, image in found}
     except OSError as error:
         found[0][0].problems.append(unreadable(str(error.filename), error))
-        return
+        return set()
     if len(contents) == 1:
-        for (series, image), name in list(zip(found, names))[1:]:
-            series.images.remove(image)
+        for (series, _), name in list(zip(found, names))[1:]:
             series.copies.append(f"{name} is a copy of {names[0]}")
-    else:
-        trouble = Trouble(f"{' and '.join(names)} are different images with one SOP Instance UID "
-                          f"({found[0][1].sop}), of which XNAT would keep one",
-                          "move one of them out, or have its UIDs corrected, then run again")
-        for series in dict.fromkeys(series for series, _ in found):
-            series.problems.append(trouble)
+        return {image for _, image in found[1:]}
+    trouble = Trouble(f"{' and '.join(names)} are different images with one SOP Instance UID "
+                      f"({found[0][1].sop}), of which XNAT would keep one",
+                      "move one of them out, or have its UIDs corrected, then run again")
+    for series in dict.fromkeys(series for series, _ in found):
+        series.problems.append(trouble)
+    return set()
 
 
 def crc_of(series: Series, file: File) -> int:
@@ -684,7 +695,7 @@ def is_packed(path: str) -> bool:
     """Whether an archive or compressed file holds DICOM, by its first members' first bytes."""
     with suppress(Exception):  # whatever a foreign archive makes Python's readers raise
         return any(header_of(head, len(head)).kind in ("DICOM", "damaged")
-                   for head in itertools.islice(heads_in(path), 20))
+                   for head in itertools.islice(heads_in(path), 1000))  # a viewer goes first
     return False
 
 
@@ -1021,19 +1032,23 @@ def talk(process: subprocess.Popen[bytes], given: bytes, watch: Callable[[bytes]
     return bytes(out), bytes(err)
 
 
+ZIPS = "dicomUpload.zips"
+
+
 class Workdir:
     """The folder for zips, ledger, log and report, held by one run at a time."""
 
     def __init__(self, path: str) -> None:
         """Raises Stop(3) if it cannot be made, or another run holds it."""
         self.path = os.path.abspath(path)
-        self.zips = os.path.join(self.path, "dicomUpload.zips")
+        self.zips = os.path.join(self.path, ZIPS)
         self.advice = ""  # what its user should know
         self._room = threading.Condition()
         self._promised = 0
         try:
             os.makedirs(self.path, exist_ok=True)
-            self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "a+", encoding="utf-8")
+            self._lock = open(os.path.join(self.path, "dicomUpload.lock"), "a+", encoding="utf-8",
+                              errors="replace")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(OSError):  # a full disk is told by those who need its room
                 os.ftruncate(self._lock.fileno(), 0)
@@ -1083,7 +1098,12 @@ class Workdir:
                 self._room.wait()
             self._promised += need
         try:  # a folder of their own: zip would add to an old one, and may leave halves
-            with tempfile.TemporaryDirectory(prefix="part-", dir=self.zips) as folder:
+            try:
+                part = tempfile.TemporaryDirectory(prefix="part-", dir=self.zips)
+            except OSError as error:
+                raise Full(f"workdir {self.path} takes no more ({error.strerror})",
+                           "make room, or choose another --workdir")
+            with part as folder:
                 yield folder
         finally:
             with self._room:
@@ -1457,7 +1477,8 @@ def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Seq
                  ) -> List[Answer]:
     """Take curl's output apart: of each path the headers of each hop, the body, and the mark."""
     told = re.search(r"curl: \(\d+\) (.*)", done.stderr.decode("utf-8", "replace"), re.DOTALL)
-    error = " ".join(told[1].split())[:200] if told else ""  # after the bars of its progress
+    # After the bars of its progress; a proxy's address may hold a password.
+    error = re.sub("//[^/@ ]*@", "//", " ".join(told[1].split()))[:200] if told else ""
     # Without a mark at its end (curl was killed) the search would take hours.
     marked = "".join(done.stdout.decode("utf-8", "replace").rpartition(mark + "\n")[:2])
     found = re.findall(
@@ -2136,8 +2157,10 @@ class Ledger:
             self.exclusions = set(map(str, line["names"]))
             return
         key, here = (line["subject"], line["session"]), line["root"] == self._root
+        if not all(isinstance(each, str) for each in key):
+            raise TypeError
         if line["event"] == "gone":
-            self.from_here.pop(line["session"], None)
+            self.from_here.pop(key[1], None)
         elif line["event"] == "sent":
             names = "series", "first", "last", "files", "uid", "address", "root", "joined"
             self._parts[key].append({name: str(line[name] or "") for name in names})
@@ -2147,12 +2170,13 @@ class Ledger:
             if here:
                 self._ended_here[key] = at
         if line["event"] != "gone" and here:
-            self.from_here[line["session"]] = Session(*map(str, line["folders"]))
+            self.from_here[key[1]] = Session(*map(str, line["folders"]))
 
     def of(self, session: Session) -> Memory:
         """What is known of a session."""
         key, memory = (session.subject_label, session.label), Memory()
-        with self._lock, suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
+        with self._lock, suppress(ValueError, KeyError, TypeError, AttributeError, OSError,
+                                  OverflowError):
             memory.parts = list(self._parts.get(key, []))
             memory.elsewhere = any(part["root"] != self._root for part in memory.parts)
             at = self._ended_here.get(key, self._ended.get(key))
@@ -2236,6 +2260,11 @@ class Comparison:
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
             found, self.outcome.joined = list(waiting), True
             scans = self._join(waiting)
+            others = sum(scan.uid not in self.by_uid for scan in scans)
+            if others and all(row.get("tag", study) == study for row in waiting.values()):
+                self.xnat.teller.say(f"{self.session.label}: {plural(others, 'series', 'series')} "
+                                     "of another folder or run waits in the prearchive too, and is "
+                                     f"archived with it ({', '.join(found)})")
             seen, joined = held + scans, self._among(scans)
             if there & joined and not self.contents.replaces:
                 raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
@@ -2292,16 +2321,17 @@ class Comparison:
                 continue
             names = self.xnat.names(*(scan.names_path for scan in mine))
             absent, sure = not_among(images, names)
-            if len(absent) == len(images) < count:  # another program's names: the count tells
-                absent = []
             # XNAT would refuse it, or put it in another image's place.
             taken = any(stored_name(image) in names for image in absent)
             there |= set(images) - set(absent)
             if taken or absent and not sure and not all(map(is_noted, series)):
                 for each in series:
                     each.problems.append(Trouble(
-                        f"XNAT has {count} of its {plural(len(images), 'file')}, under other names "
-                        f"(not {absent[0].name}): which are missing cannot be told",
+                        (f"XNAT has {count} of its {plural(len(images), 'file')}" if
+                         count < len(images) else
+                         f"XNAT has {plural(count, 'file')} of it, here are {len(images)}") +
+                        f", under other names (not {absent[0].name}): which are missing cannot be "
+                        "told",
                         "delete that in the prearchive, then run again"
                         if "/prearchive/" in mine[0].names_path else anew(self.session, True)))
         return there
@@ -2725,7 +2755,7 @@ class Upload:
         if has_changed(session, series, settings):
             raise Trouble("its folder changed while it was sent", "run again when it is still")
         outcome.where = "not archived"
-        check_parts(memory, series, addresses)
+        check_parts(known, series, addresses)
         for address in addresses:
             with self.sender.slots, self.teller.at_work(f"archiving {session.label}"):
                 outcome.address = xnat.commit(session, address)
@@ -3427,7 +3457,7 @@ def read_options(argv: List[str]) -> Settings:
     given = parser.parse_args(argv)
     check(given)
     given.url = check_url(given.url)
-    given.config = read_config(given.config) if given.config else ()
+    given.config = tuple(name for path in given.config for name in read_config(path))
     given.shard = read_shard(given.shard)
     given.compression = AUTO if given.compression == "auto" else int(given.compression)
     given.limit_rate = bytes_per_second(given.limit_rate) if given.limit_rate is not None else 0
@@ -3450,7 +3480,7 @@ def check(given: argparse.Namespace) -> None:
     if ":" in given.user:
         refuse("USER", "holds a colon: give URL USER PASS PROJECT ROOTDIR in this order")
     for name in ("config", "workdir", "cacert", "logname"):  # an unset $CONFIG must not send all
-        if getattr(given, name) == "":
+        if getattr(given, name) == "" or name == "config" and "" in given.config:
             refuse(f"--{name}", "is empty: give a name, or leave the option out")
     for name, (least, most) in LIMITS.items():
         text = str(getattr(given, name))
@@ -3471,6 +3501,8 @@ def check(given: argparse.Namespace) -> None:
         refuse("ROOTDIR", str(unreadable(given.rootdir, error)))
     if lies_in(given.workdir, given.rootdir):
         refuse(f"--workdir {given.workdir}", "lies inside ROOTDIR: choose one outside")
+    if lies_in(given.rootdir, os.path.join(given.workdir, ZIPS)):
+        refuse("ROOTDIR", "lies where the workdir keeps its zips, and is emptied: choose another")
 
 
 def refuse(thing: str, what: str) -> NoReturn:
@@ -3718,14 +3750,21 @@ def stop_on_signals(teller: Teller) -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = lost
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, each child would seem to end with 0
+    # Batch systems send the others before they kill.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1,
+                 signal.SIGUSR2):
         if signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores HUP, and is right
             signal.signal(each, stop)
 
 
 def main() -> int:
     """Run the program; the exit status."""
+    if sys.getfilesystemencoding() != "utf-8" and sys.executable and os.path.isfile(sys.argv[0]):
+        # Labels, shards and exclusions must not depend on the locale.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.argv])
     os.umask(0o077)  # zips, ledger, log and report are nobody else's business
+    threading.stack_size(1 << 20)  # of each thread; 8 MB are too many where memory is limited
     sys.stdout = sys.stdout or open(os.devnull, "w")  # a daemon may have closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     teller = Teller()

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # `sh runupload.sh`
 # Upload the dicom folders under ROOTDIR to a project on XNAT.
 # Fill in the settings, or set variables of the same names in the environment (they win), then
 #   ./runupload.sh [further options of dicomUpload.py, such as --dry-run]
@@ -22,6 +23,8 @@ for name in URL USER_NAME PROJECT ROOTDIR; do
 done
 command -v python3 >/dev/null ||
   refuse 3 "python3: not found: install Python 3.8 or newer, or use runuploadDocker.sh"
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 8))' ||
+  refuse 3 "python3: is too old: install Python 3.8 or newer, or use runuploadDocker.sh"
 
 here=$0  # dicomUpload.py lies beside this file; a link to this file may lie anywhere
 while [ -L "$here" ]; do

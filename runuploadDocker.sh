@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # `sh runuploadDocker.sh`
 # As runupload.sh, but in a container: needs Docker or Podman, and no Python.
 # Fill in the settings, or set variables of the same names in the environment (they win), then
 #   ./runuploadDocker.sh [further options of dicomUpload.py, such as --dry-run]

@@ -496,6 +496,33 @@ class WhatTheLedgerKnows(CompareTest):
         lost.unlink()
         return seen
 
+    def test_late_images_in_a_folder_that_was_emptied_are_not_taken_for_what_is_there(self
+                                                                                      ) -> None:
+        self.plant(ONE, files=5)
+        with self.xnat() as server:
+            self.run_once(server)
+            for path in (self.root / "007" / ONE).iterdir():
+                path.unlink()
+            for instance in (6, 7):
+                self.image(f"007/{ONE}", instance)
+                os.utime(self.root / "007" / ONE / f"IM000{instance}.dcm", (1, 1))
+            self.elsewhere()
+            seen = self.told(server, "T1_0001: XNAT has 5 files of it, here are 2, under other name"
+                                     "s .*cannot be told")
+            self.run_once(server, *self.advice(seen.ran))
+            self.assertEqual(len(server.files("007_pre")), 7)
+
+    def test_a_series_that_moved_to_another_session_is_not_archived_with_the_old_one(self) -> None:
+        with self.xnat() as server:
+            self.held_back(server, ONE, TWO)
+            (self.root / "007/post").mkdir()
+            (self.root / "007" / ONE).rename(self.root / "007/post/T1_0001")
+            self.run_once(server, "--overwrite-files", "--again", "--only", "007/pre", status=1)
+            self.assertEqual(server.archive, {})
+            self.elsewhere()  # with its ledger lost, it is said at least
+            seen = self.run_once(server, "--only", "007/pre")
+            self.assertRegex(seen.ran.err, "007_pre: 1 series of another folder or run waits in")
+
     def test_an_image_that_came_after_another_went_is_sent_though_the_counts_are_equal(self
                                                                                        ) -> None:
         self.plant(ONE, TWO, files=4)

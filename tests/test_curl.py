@@ -9,6 +9,7 @@ import unittest
 from typing import Any, List
 
 import dicomUpload
+from tests.dicom import uid, write_series
 from tests.support import UploadTest, variation
 from tests.support import load_tests as load_tests  # several at a time
 
@@ -220,6 +221,16 @@ class OneCurl(UploadTest):
         text = "\n".join(told.lines)
         self.assertNotIn("s3cret", text)
         self.assertNotIn(login.body.strip(), text)
+
+
+    def test_what_curl_says_of_a_proxy_holds_no_password(self) -> None:
+        write_series(self.root / "007/pre/T1", study=uid("p"), files=1)
+        ran = self.run_command(
+            self.arguments("http://127.0.0.1:9", "--retries", "0"),
+            {"http_proxy": "http://bob:h1dden@127.0.0.1:99999"})
+        self.assertEqual(ran.status, 3, ran.text)
+        self.assertIn("127.0.0.1:99999", ran.err)
+        self.assertNotIn("h1dden", ran.text + self.log())
 
 
 if __name__ == "__main__":

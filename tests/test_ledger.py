@@ -332,6 +332,10 @@ class WhatItSurvives(LedgerTest):
                     line = json.dumps(dict(json.loads(ended), series=series))
                     self.ledger().write_text("".join(sent) + line + "\n")
                     self.stays_so(server)
+            lines = [json.dumps(dict(json.loads(ended), **more)) + "\n" for more in (
+                {"session": None}, {"session": 7, "subject": []}, {"files": float("inf")})]
+            self.ledger().write_text("".join([*sent, *lines]))
+            self.stays_so(server)
             self.assert_whole(server)
 
     @variation

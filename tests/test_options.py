@@ -144,6 +144,7 @@ class Config(Refusals):
                 ({"Exclude": ["Scout", "\u00e4rzte"]}, "SCOUT aa_sCoUt_1 Kopf\u00c4RZTE", "Scou"),
                 ({"Exclude": ["*"]}, "T2* *", "T1"),  # means itself
                 ({"Exclude": ["[T]", "T.1"]}, "a[T]b T.1", "T T01"),
+                ({"Exclude": ["\u00e9", "U\u0308"]}, "Te\u0301te \u00fcber", "Tete uber"),
                 ({"Exclude": ["-"]}, "T-1", "T1")):
             exclude = settings(self.root, "--config", self.write(content)).left_out
             for name in left_out.split():
@@ -152,6 +153,12 @@ class Config(Refusals):
             for name in goes.split():
                 with self.subTest(content, name=name):
                     self.assertFalse(exclude(name))
+
+    def test_several_configs_leave_out_what_each_does(self) -> None:
+        self.root.mkdir()
+        given = [word for number, name in enumerate(("AAHEAD", "Phoenix"))
+                 for word in ("--config", self.write({"Exclude": [name]}, f"{number}.json"))]
+        self.assertEqual(settings(self.root, *given).config, ("AAHEAD", "Phoenix"))
 
     def test_the_readme_config_excludes_exactly_the_folders_that_the_readme_says(self) -> None:
         readme_tree(self.root, files=1)
@@ -651,6 +658,14 @@ class Options(Refusals):
              ["--workdir", "inside ROOTDIR"])
             for workdir in (self.root / "007/work", self.root, self.folder / "link/x")])
         self.assertEqual([path.name for path in self.root.iterdir()], ["007"])
+
+    def test_a_rootdir_among_the_zips_of_the_workdir_is_refused_and_stays(self) -> None:
+        root = self.work / "dicomUpload.zips/data"
+        shutil.copytree(str(self.root), str(root))
+        ran = self.run_command(self.arguments(NOWHERE, root=root))
+        self.assertEqual(ran.status, 2, ran.text)
+        self.assertIn("ROOTDIR: lies where the workdir keeps its zips", ran.err)
+        self.assertEqual(len(list(root.rglob("*.dcm"))), 2)
 
     def test_a_workdir_beside_rootdir_with_a_longer_name_is_fine(self) -> None:
         workdir = str(self.root) + "-work;a,[b] $(c)\u00fc"

@@ -139,7 +139,7 @@ class Programs(RunningTest):
 class TheWorkdir(RunningTest):
 
     def small_disk(self, size: str) -> None:
-        """Make the workdir a file system of its own, of so many bytes."""
+        """Make the workdir a file system of its own, of so many bytes (and inodes)."""
         self.work.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(self.work)]
         try:
@@ -282,6 +282,15 @@ class TheWorkdir(RunningTest):
             server.faults.clear()
             self.quiet(server)
             self.run_it(server, "--max-files", "1", status=0)
+            self.assert_whole(server)
+
+    def test_a_workdir_without_an_inode_for_a_zip_s_folder_is_full(self) -> None:
+        self.tree()
+        self.small_disk("20m,nr_inodes=6")  # the root, lock, zips, log, report, ledger
+        with self.xnat() as server:
+            self.run_it(server, status=3, posts=0, words="takes no more .No space left | make room")
+            subprocess.check_call(["mount", "-o", "remount,nr_inodes=99", str(self.work)])
+            self.run_it(server, status=0)
             self.assert_whole(server)
 
     def test_a_workdir_without_a_single_free_byte_stops_the_run(self) -> None:

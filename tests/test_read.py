@@ -432,6 +432,10 @@ class Packed(ReadTest):
         files = self.images("tar-gz/pre/T2/x", 1)
         pack("tar-gz/pre/T2.tar.gz", files, tarred({"README": NOTES, "notes.txt": NOTES, **files}),
              "tar-gz/pre/T2")
+        files = self.images("a-viewer-first/pre/T2/x", 1)
+        pack("a-viewer-first/pre/T2.zip", files, zipped(
+            {**{f"VIEWER/{number}.dll": NOTES for number in range(30)}, **files}),
+             "a-viewer-first/pre/T2")
         files = self.images("only-packed/pre/T1/x", 1)
         pack("only-packed/pre/T1.zip", files, zipped(files), "only-packed/pre/T1")
         with self.xnat() as server:

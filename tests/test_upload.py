@@ -182,6 +182,10 @@ for _moment in MOMENTS:
     setattr(AtAnyMoment, f"test_a_SIGTERM_{_moment.__name__}", _test)
     _test = variation(as_signal_test(_moment, signal.SIGINT))
     setattr(AtAnyMoment, f"test_a_SIGINT_{_moment.__name__}", _test)
+    for _number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):  # before a batch system kills
+        _test = variation(as_signal_test(_moment, _number))
+        if _moment is while_zipping:
+            setattr(AtAnyMoment, f"test_a_{_number.name}_{_moment.__name__}", _test)
     _test = as_kill_test(_moment)
     if _moment not in (while_sending, while_committing):
         _test = variation(_test)
@@ -236,18 +240,28 @@ class OtherSignals(RunningTest):
             self.assertIn("stopped by SIGTERM", ran.err)
             self.assertEqual(server.archive, {})
 
+    def test_a_parent_that_ignores_the_ends_of_children_makes_no_difference(self) -> None:
+        self.tree()
+        with self.xnat() as server:
+            server.fail("reset during", IMPORT)
+            self.run_it(server, status=0, posts=3, words=AGAIN,
+                        preexec=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+            self.assert_whole(server)
+
     def test_a_system_that_starts_no_more_threads_is_told(self) -> None:
         self.tree(*(f"{subject:03}/pre/A_0001" for subject in range(12)))
-        program = ("import resource, sys, threading, dicomUpload\n"
-                   "threading.stack_size(256 << 20)\n"
+        large = ("threading.stack_size(256 << 20)\n"
+                 "threading.stack_size = lambda size: None\n")
+        program = ("import resource, sys, threading, dicomUpload\n%s"
                    "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
                    "sys.exit(dicomUpload.main())")
         with self.xnat() as server:
-            ran = self.run_command(self.altered(program, server.url))
+            ran = self.run_command(self.altered(program % large, server.url))
             self.assertEqual(ran.status, 3, ran.text)
             self.assertIn("dicomUpload: this system starts no more threads: lower --procs", ran.err)
             self.assertIn("Not finished: ", ran.out)
-            self.run_it(server, status=0)
+            ran = self.run_command(self.altered(program % "", server.url))  # a batch system's limit
+            self.assertEqual(ran.status, 0, ran.text)
             self.assert_whole(server)
 
     def test_an_interrupt_within_a_long_series_is_the_reason_in_the_report(self) -> None:

@@ -178,6 +178,17 @@ class Labels(TreeTest):
         self.assertEqual(list(self.folder.rglob("hit")), [])
         self.assertEqual(len(self.report()), len(names))
 
+    def test_labels_exclusions_and_only_are_the_same_in_every_locale(self) -> None:
+        self.series("M\u00fcller/pr\u00e9/T1_0001", files=1)
+        self.series("M\u00fcller/pr\u00e9/\u00dcber_0002", files=1)
+        config = self.folder / "config.json"
+        config.write_text('{"Exclude": ["\u00fcber"]}', encoding="utf-8")
+        with self.xnat() as server:
+            self.run_it(server, "--config", str(config), "--only", "M\u00fcller", status=0, posts=1,
+                        environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+            self.assertEqual(list(server.archive), [("BRAIN", "M_ller_pr_")])
+            self.run_it(server, "--config", str(config), status=0, posts=0)
+
     def test_a_folder_name_with_a_line_break_cannot_forge_a_line(self) -> None:
         self.series("007/pre/T1\nFORGED")
         self.series("008\nFORGED/pre/T1")

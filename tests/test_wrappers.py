@@ -46,6 +46,8 @@ answers = {{"--version": "{version}", "image": "{title}"}}
 if name in ("docker", "podman") and words and words[0] in answers:
     print(answers[words[0]])
     sys.exit(0 if answers[words[0]] else 1)
+if words[:1] == ["-c"]:  # how old is this Python?
+    sys.exit(int(os.environ.get("OLD", 0)))
 terminals = [end for end in (0, 1, 2) if os.isatty(end)]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -221,10 +223,14 @@ class RunUpload(Wrapped):
         (self.home / "far").mkdir()
         (self.home / "far" / "one").symlink_to(UPLOAD)
         (self.home / "two").symlink_to("far/one")
-        for command in (["far/one"], ["./two"], ["bash", os.path.relpath(UPLOAD, self.home)]):
+        for command in (["far/one"], ["./two"], ["bash", os.path.relpath(UPLOAD, self.home)],
+                        ["sh", os.path.relpath(UPLOAD, self.home)]):
             with self.subTest(command=command):
                 done = self.run_plain(command, self.settings(ROOTDIR="tree"))
                 self.assertTrue(os.path.samefile(self.home / done.seen["argv"][0], PROGRAM))
+
+    def test_an_old_python_is_told_in_a_sentence(self) -> None:
+        self.assert_refused(self.run_with(OLD="1"), 3, "python3", "too old")
 
     def test_no_python_is_told_in_a_sentence(self) -> None:
         self.environment["PATH"] = str(self.home)
