@@ -474,9 +474,8 @@ def list_series(name: str, folder: str, settings: Settings) -> Series:
     except OSError as error:
         series.problems.append(unreadable("the folder", error))
     series.files.sort(key=lambda file: file.name)
-    series.listing = fingerprint(itertools.chain(
-        (f"{file.name} {file.bytes} {file.time_ns}" for file in series.files),
-        map(str, series.problems)))
+    series.listing = fingerprint(
+        f"{file.name} {file.bytes} {file.time_ns}" for file in series.files)
     return series
 
 
