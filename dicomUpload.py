@@ -2127,8 +2127,8 @@ class Ledger:
         self.from_here: Dict[str, Session] = {}  # sessions of this ROOTDIR, by label
         self._root = os.path.realpath(settings.rootdir)
         self._where = {"v": 2, "server": settings.url, "project": project}
-        self._ended: Dict[Tuple[str, str], int] = {}  # where in the file
-        self._ended_here: Dict[Tuple[str, str], int] = {}  # of this ROOTDIR
+        # Where in the file; whether it is of this ROOTDIR.
+        self._ended: Dict[Tuple[Tuple[str, str], bool], int] = {}
         self._parts: Dict[Tuple[str, str], List[Dict[str, str]]] = defaultdict(list)
         self._lock = threading.Lock()
         self._end, raw, flags = 0, b"\n", os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -2165,9 +2165,7 @@ class Ledger:
             self._parts[key].append({name: str(line[name] or "") for name in names})
         else:
             self._parts.pop(key, None)
-            self._ended[key] = at
-            if here:
-                self._ended_here[key] = at
+            self._ended[key, here] = at
         if line["event"] != "gone" and here:
             self.from_here[key[1]] = Session(*map(str, line["folders"]))
 
@@ -2178,7 +2176,7 @@ class Ledger:
                                   OverflowError):
             memory.parts = list(self._parts.get(key, []))
             memory.elsewhere = any(part["root"] != self._root for part in memory.parts)
-            at = self._ended_here.get(key, self._ended.get(key))
+            at = self._ended.get((key, True), self._ended.get((key, False)))
             if at is not None:
                 with open(self.path, "rb") as lines:
                     lines.seek(at)
