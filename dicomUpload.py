@@ -1323,15 +1323,14 @@ class Curl:
         self._outage = False  # the server is gone, and that has been told
         self._lock = threading.Lock()
 
-    def ask(self, method: str, path: str, query: Optional[Dict[str, str]] = None, seconds: int = 0
-            ) -> Answer:
+    def ask(self, method: str, path: str, seconds: int = 0) -> Answer:
         """One request without a body, of so many seconds at most."""
         options = ["--silent", "--show-error", "--max-time", str(seconds)]
         if method == "POST":
             options += ["--data", "", "--header", "Content-Type:"]
         elif method != "GET":
             options += ["--request", method]
-        return self._run([(path + ("?" + urlencode(query) if query else ""), options)])[0]
+        return self._run([(path, options)])[0]
 
     def ask_once(self, *paths: str) -> List[Answer]:
         """The answer at each of `paths`, all over one connection, each tried once."""
@@ -1770,7 +1769,7 @@ class Xnat(Curl):
     def build(self, address: str) -> None:
         """Let XNAT say what a prearchive session holds; archives nothing. Raises Trouble."""
         answer, meaning, _ = self.ask_until(
-            f"build of {address}", lambda: self.ask("POST", address, {"action": "build"}))
+            f"build of {address}", lambda: self.ask("POST", address + "?action=build"))
         if answer.status != 200:
             raise Trouble(f"{meaning.means} ({answer.evidence})", meaning.to_do, refused=True)
 
@@ -1786,7 +1785,7 @@ class Xnat(Curl):
         if self.settings.overwrite_files:
             query["overwrite_files"] = "true"
         for tries in itertools.count(1):
-            answer = self.ask("POST", address, query)
+            answer = self.ask("POST", f"{address}?{urlencode(query)}")
             meaning = meaning_of(answer)
             found = re.search(r"/data/archive(/projects/\S+)", answer.body)
             if answer.status == 301 and found:  # the subject's label may differ in case
