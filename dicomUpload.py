@@ -2906,7 +2906,6 @@ class Screen:
     def __init__(self) -> None:
         clever = os.environ.get("TERM") != "dumb"
         self.moves = sys.stderr.isatty() and clever
-        self.quiet = self.verbose = False
         self.stopped: Optional[Stop] = None  # by a signal, or for want of a log
         self.report_path = ""
         self._coloured = sys.stdout.isatty() and clever and not os.environ.get("NO_COLOR")
@@ -2923,7 +2922,7 @@ class Screen:
 
     def open(self, settings: Settings) -> None:
         """Begin log and report in the workdir, for their owner only; a dry run has none."""
-        self.settings, self.quiet, self.verbose = settings, settings.quiet, settings.verbose
+        self.settings = settings
         if settings.dry_run:
             return
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -2942,11 +2941,11 @@ class Screen:
 
     def log(self, text: str) -> None:
         """A line for the log; with --verbose on standard error too."""
-        self._tell(text, sys.stderr if self.verbose else None, "  ")
+        self._tell(text, sys.stderr if self.settings.verbose else None, "  ")
 
     def line(self, text: str = "", important: bool = True) -> None:
         """A result, on standard output; --quiet shows only what is `important`."""
-        self._tell(text, sys.stdout if important or not self.quiet else None)
+        self._tell(text, sys.stdout if important or not self.settings.quiet else None)
 
     def say(self, text: str) -> None:
         """A warning, an error or a wait, on standard error."""
@@ -3032,7 +3031,7 @@ class Screen:
         """On a terminal the moving line, ten times a second at most; elsewhere a line a minute."""
         with self._lock:
             pause = 0.1 if self.moves else self.HEARTBEAT
-            if not self.quiet and time.monotonic() > self._heard + pause:
+            if not self.settings.quiet and time.monotonic() > self._heard + pause:
                 self._heard = time.monotonic()
                 if self.moves:
                     self._move(self._standing())
@@ -3117,9 +3116,9 @@ class Teller(Screen):
             self._ends[outcome.where] += 1
             self._counts.update({"done": 1, "failed": failed})
             line = f"{label:<{self._widths[0]}}  {end_of(outcome)}"
-            if self.verbose and outcome.address:
+            if self.settings.verbose and outcome.address:
                 line += f"  {page_of(outcome, self.settings.url)}"
-            if self.moves and outcome.earlier and not (failed or self.verbose):
+            if self.moves and outcome.earlier and not (failed or self.settings.verbose):
                 self._tell(line, None)  # on a terminal a rerun shows what is new
             else:
                 self.line(line, failed)
@@ -3140,7 +3139,7 @@ class Teller(Screen):
             for name in names:
                 self._tell(f"{kind}: {outcome.session.path}/{series.name}/{name}", None)
         need = series.wants_a_person()
-        if need or self.verbose or self.settings.dry_run:
+        if need or self.settings.verbose or self.settings.dry_run:
             widths, name = self._widths, printable(series.name)
             self.line(f"{outcome.session.label:<{widths[0]}}  {name:<{widths[1]}}  "
                       f"{series.status:<13}  {said_of(series)}".rstrip(), need)
