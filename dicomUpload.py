@@ -723,7 +723,7 @@ def heads_in(path: str) -> Iterator[bytes]:
 def check_level(tree: Tree, settings: Settings) -> None:
     """Raises Stop(2) if the subfolders of series folders hold different series, in most of a
     sample: ROOTDIR is one level too high."""
-    deep, flat = [], 0
+    deep, flat = [], []  # type: List[str], List[str]
     for path in (f"{session.path}/{name}" for session in tree.sample
                  for name in session.series[:SAMPLE]):
         folder, uids = os.path.join(settings.rootdir, path), set()
@@ -732,9 +732,8 @@ def check_level(tree: Tree, settings: Settings) -> None:
                 # XNAT's own download is meant so: scans/5-T1/resources/DICOM/files/
                 if not os.path.isdir(os.path.join(folder, below, "resources")):
                     uids.add(first_series(os.path.join(folder, below)))
-        deep += [folder] if len(uids - {""}) > 1 else []
-        flat += len(uids - {""}) < 2
-    if len(deep) > flat:
+        (deep if len(uids - {""}) > 1 else flat).append(folder)
+    if len(deep) > len(flat):
         raise Stop(f"ROOTDIR {settings.rootdir}: it looks one level too high (different series in "
                    f"the folders of {deep[0]}): give the folder that holds the subjects, or add "
                    "--nested if series folders hold several series each. The layout is",
