@@ -2063,17 +2063,14 @@ class Memory:
         """Images of a series, as they are now, that were sent to `address`."""
         found: List[File] = []
         for part in self.parts:
-            if (part["series"], part["address"]) != (series.name, self.address):
-                continue
             images = images_in(part, series)
-            if part["files"] == part_fingerprint(images):
+            if part["address"] == self.address and part["files"] == part_fingerprint(images):
                 found += images
         return found
 
     def touched(self, series: List[Series]) -> Set[File]:
         """Images in the place of some that were sent, and perhaps not the same."""
-        return {image for each in series for part in self.parts if part["series"] == each.name
-                for image in images_in(part, each)
+        return {image for each in series for part in self.parts for image in images_in(part, each)
                 } - {image for each in series for image in self.sent(each)}
 
     def renewed(self, series: List[Series]) -> Dict[str, Known]:
@@ -2098,7 +2095,9 @@ def uids_of(series: Series) -> str:
 
 
 def images_in(part: Dict[str, str], series: Series) -> List[File]:
-    """Images of a series whose names stand where those of a part do."""
+    """Images of a series whose names stand where those of a part do, if the part is of it."""
+    if part["series"] != series.name:
+        return []
     return [each for each in series.images if part["first"] <= each.name <= part["last"]]
 
 
