@@ -301,11 +301,11 @@ class Outcome:
     address: str = ""  # where it lies
     joined: bool = False  # what lies there in the prearchive was not all sent by runs of ours
     earlier: bool = False  # an earlier run, or somebody else, had brought all of it there
-    trouble: Optional[Trouble] = None  # of the session as a whole
+    problems: List[Trouble] = field(default_factory=list)  # of the session as a whole
     answered: threading.Event = field(default_factory=threading.Event)  # a part, by the server
 
     def failed(self) -> bool:
-        return bool(self.trouble) or any(each.wants_a_person() for each in self.series)
+        return bool(self.problems) or any(each.wants_a_person() for each in self.series)
 
 
 def fingerprint(lines: Iterable[str]) -> str:
@@ -2682,10 +2682,8 @@ class Upload:
                 if session is None:
                     return
                 outcome = self.active[session.path] = Outcome(session, [])
-            troubles: List[Trouble] = []
-            with caught(troubles):
+            with caught(outcome.problems):
                 self.one_session(outcome)
-            outcome.trouble = outcome.trouble or next(iter(troubles), None)
             if outcome.where == "nothing to send" and outcome.failed():
                 outcome.where = "failed"
             if outcome.where == "archived" and outcome.earlier:
@@ -2701,8 +2699,8 @@ class Upload:
     def _count_refusals(self, outcome: Outcome) -> None:
         """Raises Stop when the server refuses one session after another with the same words."""
         passed = any(each.sent for each in outcome.series)
-        troubles = [each for series in outcome.series for each in series.problems if not passed]
-        refused = [each for each in troubles + [outcome.trouble] if each and each.refused]
+        found = [each for series in outcome.series for each in series.problems if not passed]
+        refused = [each for each in found + outcome.problems if each.refused]
         with self._lock:
             if refused:
                 # Names and numbers differ, and how a connection breaks is chance.
@@ -2856,7 +2854,7 @@ def verify(contents: Contents, outcome: Outcome, held: List[Scan]) -> None:
                 f"{outcome.where}, but XNAT counts {theirs[uid]} files where {count} should be",
                 "compare it in XNAT with the folder (an import filter may drop some), or run "
                 "again to send what is missing")
-            outcome.trouble = outcome.trouble if uid else trouble
+            outcome.problems += [] if uid else [trouble]
             for each in outcome.series:
                 if any(image.series == uid for image in each.images):
                     each.problems.append(trouble)
@@ -3109,8 +3107,8 @@ class Teller(Screen):
         with self._lock:
             for series in outcome.series:
                 self._series(outcome, series)
-            if outcome.trouble:
-                self.fail(label, outcome.trouble)
+            for trouble in outcome.problems:
+                self.fail(label, trouble)
             self._ends[outcome.where] += 1
             self._counts.update({"done": 1, "failed": failed})
             line = f"{label:<{self._widths[0]}}  {end_of(outcome)}"
@@ -3125,7 +3123,7 @@ class Teller(Screen):
     def _series(self, outcome: Outcome, series: Series) -> None:
         """One of its series: what became of it, and what lies in its folder and was not sent."""
         if not series.status or series.problems and series.status == "already there":
-            good = self.settings.dry_run and not (series.problems or outcome.trouble)
+            good = self.settings.dry_run and not (series.problems or outcome.problems)
             series.status = "would send" if good else "not sent"
         self._statuses[series.status] += 1
         for trouble in troubles(series):
@@ -3150,8 +3148,8 @@ class Teller(Screen):
         not_reached = (Outcome(session, [Series(name, "") for name in session.series])
                        for session in upload.waiting)
         for outcome in itertools.chain(upload.active.values(), not_reached):
-            outcome.trouble = Trouble("the run was stopped before this session was whole",
-                                      "run again")
+            outcome.problems = [Trouble("the run was stopped before this session was whole",
+                                        "run again")]
             for each in outcome.series:
                 each.status = each.status or "not sent"
             self.report(outcome)
@@ -3232,8 +3230,8 @@ class Teller(Screen):
 def end_of(outcome: Outcome) -> str:
     """How a session ended, with what a line says beside."""
     end = ENDS.get(outcome.where, outcome.where)
-    if outcome.trouble:
-        what = outcome.trouble.what
+    if outcome.problems:
+        what = outcome.problems[0].what
         return what if what.startswith(end) else f"{end}: {what}"
     if outcome.where not in ("archived", "prearchived", "there"):
         return end
@@ -3265,7 +3263,8 @@ def row_of(outcome: Outcome, series: Series, url: str = "") -> Dict[str, Any]:
     """A series in the report."""
     session = outcome.session
     end = "" if outcome.where in ("archived", "there") else ENDS.get(outcome.where, outcome.where)
-    message = "; ".join(map(str, troubles(series))) or series.message or str(outcome.trouble or end)
+    message = "; ".join(map(str, troubles(series))) or series.message
+    message = message or "; ".join(map(str, outcome.problems)) or end
     return {
         "subject": session.subject, "session": session.name, "series": series.name,
         "label": session.label, "status": series.status, "files": series.there,
