@@ -436,9 +436,8 @@ def check_shape(tree: Tree, settings: Settings, above: List[str]) -> None:
     """Raises Stop(2) if there is no series in ROOTDIR; a slice may be empty."""
     if tree.sample or any(not session.name for session in tree.sessions):
         return
-    missing, where = "session level is", tree.strays
-    if not where:
-        missing, where = "session and series levels are", above
+    where = tree.strays or above
+    missing = "session level is" if tree.strays else "session and series levels are"
     if not where and tree.not_chosen:
         return
     wrong = (f"the {missing} missing ({where[0]} is a file where folders belong)" if where else
