@@ -554,13 +554,12 @@ def read_files(files: List[Tuple[Series, File]], tick: Callable[[], None]
 
     def read(pair: Tuple[Series, File]) -> Tuple[Series, File, Found, float]:
         tick()
-        began, path = time.monotonic(), os.path.join(pair[0].folder, pair[1].name)
-        found: Found
+        began, (series, file) = time.monotonic(), pair
         try:
-            found = read_header(path, pair[1].bytes)
+            found: Found = read_header(os.path.join(series.folder, file.name), file.bytes)
         except OSError as error:
             found = error
-        return pair[0], pair[1], found, time.monotonic() - began
+        return series, file, found, time.monotonic() - began
 
     with ThreadPoolExecutor(READERS) as pool:
         at, most, slow = 0, READERS, False
