@@ -3236,7 +3236,7 @@ def end_of(outcome: Outcome) -> str:
     total = sum(len(each.images) for each in outcome.series)
     count = plural(outcome.files, "file") if outcome.files >= total else (
         f"only {outcome.files:,} of {plural(total, 'file')}")
-    return f"{end}, {count}" + " verified" * (outcome.where != "there" and not outcome.earlier)
+    return f"{end}, {count}" + " verified" * (not outcome.earlier)
 
 
 def said_of(series: Series) -> str:
