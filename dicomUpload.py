@@ -1424,16 +1424,16 @@ class Curl:
                 raise self.stop_for(answer)
             if not meaning.heals or tries > self.settings.retries:
                 break
-            self.wait_to_heal(about, answer, meaning, tries, files)
+            self.wait_to_heal(about, answer, tries, files)
         if meaning.gone and meaning_of(self.ask(
                 "GET", BUILD_INFO, seconds=min(30, self.settings.timeout))).gone:
             raise self.stop_for(answer)
         return answer, meaning, tries
 
-    def wait_to_heal(self, about: str, answer: Answer, meaning: Meaning, tries: int, files: int = 0
-                     ) -> None:
+    def wait_to_heal(self, about: str, answer: Answer, tries: int, files: int = 0) -> None:
         """Wait, longer with each try. Of many who wait for a server that is gone one tells it."""
         self.programs.pause(0)  # after a stop nobody waits
+        meaning = meaning_of(answer)
         # 1, 3, 9, 27, 81 s: a server that restarts is back within two minutes. After silence and
         # a proxy's 504 the first import may go on: XNAT needs 46 to 75 ms a file.
         least = 0.15 * files if meaning.goes_on else answer.retry_after
@@ -1799,7 +1799,7 @@ class Xnat(Curl):
             lost = meaning.heals or answer.status == 409 and "locked" in answer.evidence
             may_retry = lost and tries <= self.settings.retries
             if may_retry:
-                self.wait_to_heal(f"commit of {session.label}", answer, meaning, tries)
+                self.wait_to_heal(f"commit of {session.label}", answer, tries)
             status = self.settled(address).get("status", "")
             for pause in (1.0, 3.0, 6.0):
                 if lost and status == "READY":

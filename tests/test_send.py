@@ -390,7 +390,7 @@ class Waits(unittest.TestCase):
         curl = dicomUpload.Curl(settings, programs, teller)
         answer = dicomUpload.Answer(0, 503, "")
         for tries in (1, 2, 3, 30, 9999):
-            curl.wait_to_heal("007_pre", answer, dicomUpload.meaning_of(answer), tries)
+            curl.wait_to_heal("007_pre", answer, tries)
         self.assertEqual(waits[:3], sorted(waits[:3]), "they grow")
         self.assertLess(max(waits), 300)
 
@@ -401,7 +401,7 @@ class Waits(unittest.TestCase):
         teller: Any = types.SimpleNamespace(say=str, log=str)
         for answer in dicomUpload.Answer(0, 504, ""), dicomUpload.Answer(28, 0, ""):
             dicomUpload.Curl(settings, programs, teller).wait_to_heal(
-                "007_pre", answer, dicomUpload.meaning_of(answer), 1, files=500)
+                "007_pre", answer, 1, files=500)
         self.assertGreater(min(waits), 0.075 * 500)
 
 
