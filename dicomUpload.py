@@ -3061,7 +3061,7 @@ class Teller(Screen):
 
     def begin(self, tree: Tree, xnat: Xnat) -> None:
         """What is about to happen, in a few lines."""
-        self._total, self._began = len(tree.sessions), time.monotonic()
+        self._began = time.monotonic()
         self._order, left_out = tree.sessions[::-1], xnat.settings.left_out
         self._widths = (max((len(each.label) for each in tree.sessions), default=0),
                         min(40, max((len(name) for _, name in tree.pairs()), default=0)))
