@@ -1800,11 +1800,11 @@ class Xnat(Curl):
             may_retry = lost and tries <= self.settings.retries
             if may_retry:
                 self.wait_to_heal(f"commit of {session.label}", answer, tries)
-            status = self.settled(address).get("status", "")
-            for pause in (1.0, 3.0, 6.0):
-                if lost and status == "READY":
-                    self.programs.pause(pause)
-                    status = self.settled(address).get("status", "")
+            for pause in (0.0, 1.0, 3.0, 6.0):
+                self.programs.pause(pause)
+                status = self.settled(address).get("status", "")
+                if not lost or status != "READY":
+                    break
             if not status:
                 return ""
             if not may_retry:
