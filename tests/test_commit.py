@@ -215,7 +215,7 @@ ROWS = [
     Row("scans that are XHTML", ever(on(
         "007_pre/scans", "answer", status=200,
         body=b"<?xml version='1.0'?>\n<!DOCTYPE html><html><h1>Maintenance</h1></html>")), 0, 0,
-        NEITHER, 1, "cannot be read .HTTP 200, a web page", before=already_there),
+        NEITHER, 1, "cannot be read .HTTP 200, a web page", before=already_there, beside=True),
     Row("a session in quarantine", ever(page(404, "Not there", where=ONE)), 2, 1, BOTH, 1,
         "it is archived, but XNAT does not show it to alice .HTTP 404.* | the project's owner",
         more=stays_hidden),

@@ -131,7 +131,10 @@ class Answers(unittest.TestCase):
     def test_html_is_known(self) -> None:
         for body, wanted in ((b"<!DOCTYPE html>", True), (b"\r\n <HTML lang=en>", True),
                              (b"<!-- BEGIN x -->", True), (ADDRESS.encode(), False), (b"", False),
-                             (b"{}", False)):
+                             (b"<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC ''>", True),
+                             (b"<META HTTP-EQUIV='refresh'>", True), (b"<head >", True),
+                             (b"<?xml version='1.0'?>\n<xnat:MRSession ID=''>", False),
+                             (b"<metadata>", False), (b"{}", False)):
             with self.subTest(body):
                 self.assertIs(page(body, 200).is_html, wanted)
 

@@ -33,7 +33,7 @@ from tests.support import WHOLE, Ran, UploadTest, alone
 from tests.xnat_standin import Fault, Standin
 
 ALONE = True  # it runs main() here, with our arguments, streams and signals
-LONG = 9 if WHOLE else 1
+LONG = 9 if WHOLE else 0.5
 SECONDS = {"trees": 0.5 * LONG, "configs": 0.25 * LONG, "answers": 0.5 * LONG}
 GOOD = "0/s/G_0001"  # each tree has this series: it is never one without any
 

@@ -163,7 +163,7 @@ ALONE = [
         "archived"),
     # how long it waits, and how often
     Row("a 429 with Retry-After is waited for", proxy(429, retry_after="3"), 3, 1, BOTH, 0, AGAIN,
-        more=waited(3)),
+        more=waited(3), waits=True),
     Row("a 503 with Retry-After is waited for", proxy(503, retry_after="3"), 3, 1, BOTH, 0, AGAIN,
         more=waited(3), beside=True),
     Row("a 503 twice heals with two retries", proxy(503, times=2), 4, 1, BOTH, 0,
@@ -262,6 +262,7 @@ class ManySessions(FaultTest):
             self.assertNotRegex(ran.text, "(?m)(?<!if not, )copy that file again$")
             self.assertEqual(self.statuses(), ", ".join(25 * ["not sent"]))
 
+    @variation
     def test_a_page_of_maintenance_in_place_of_every_import_stops_the_run(self) -> None:
         self.many(22)
         with self.xnat() as server:

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 from dicomUpload import READERS
 from tests.dicom import uid, write_series
 from tests.running import AGAIN, COMMIT, HELD, IMPORT, RunningTest, until
-from tests.support import FULL, WHOLE, Ran, shown_on, variation
+from tests.support import FULL, WHOLE, Ran, shown_on, slow, variation
 from tests.support import load_tests as load_tests  # these mostly wait: several at a time
 from tests.xnat_standin import Standin
 
@@ -547,6 +547,7 @@ class TheIdleTimer(RunningTest):
             self.assertEqual(server.archived_by_idle, [])
             self.assert_whole(server)
 
+    @slow
     def test_a_session_that_was_left_in_part_is_not_archived_by_the_idle_timer(self) -> None:
         self.tree("007/pre/A_0001", "007/pre/B_0002", "008/pre/A_0001", "008/pre/B_0002")
         with self.xnat(**self.IDLE) as server:
@@ -560,6 +561,7 @@ class TheIdleTimer(RunningTest):
             self.assertEqual(len(server.prearchive), 2)
             self.completes(server)
 
+    @slow
     def test_a_commit_that_takes_its_time_is_waited_for(self) -> None:
         self.tree()
         with self.xnat(build_delay=0.5, archive_seconds=1, **self.IDLE) as server:
