@@ -711,7 +711,10 @@ def heads_in(path: str) -> Iterator[bytes]:
                     yield stream.read(READS[0])
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
-            for content in filter(None, (tar.extractfile(each) for each in tar if each.isfile())):
+            # Whoever packs gigabytes of something else is not read to the end.
+            members = itertools.takewhile(lambda each: each.offset < 1 << 26, tar)
+            for content in filter(None, map(tar.extractfile, filter(tarfile.TarInfo.isfile,
+                                                                    members))):
                 yield content.read(READS[0])
 
 
@@ -1098,7 +1101,7 @@ class Workdir:
                 part = tempfile.TemporaryDirectory(prefix="part-", dir=self.zips)
             except OSError as error:
                 raise Full(f"workdir {self.path} takes no more ({error.strerror})",
-                           "make room, or choose another --workdir")
+                           "make room, check its rights, or choose another --workdir")
             with part as folder:
                 yield folder
         finally:
@@ -1271,8 +1274,9 @@ class Answer:
 
     @property
     def is_html(self) -> bool:
-        return bool(re.match(r"\s*(<\?xml[^>]*>\s*)?<(!doctype|!--|(html|head|meta|script|body)\b)",
-                             self.body, re.IGNORECASE))
+        return bool(re.match(
+            r"\s*(<!--|(<\?xml[^>]*>\s*)?<(!doctype|(html|head|meta|script|body)\b))", self.body,
+            re.IGNORECASE))
 
     @property
     def evidence(self) -> str:
@@ -1473,7 +1477,7 @@ def read_answers(done: subprocess.CompletedProcess[bytes], mark: str, paths: Seq
     """Take curl's output apart: of each path the headers of each hop, the body, and the mark."""
     told = re.search(r"curl: \(\d+\) (.*)", done.stderr.decode("utf-8", "replace"), re.DOTALL)
     # After the bars of its progress; a proxy's address may hold a password.
-    error = re.sub("//[^/@ ]*@", "//", " ".join(told[1].split()))[:200] if told else ""
+    error = re.sub("[^ '\"]*@", "", " ".join(told[1].split()))[:200] if told else ""
     # Without a mark at its end (curl was killed) the search would take hours.
     marked = "".join(done.stdout.decode("utf-8", "replace").rpartition(mark + "\n")[:2])
     found = re.findall(
@@ -1527,8 +1531,8 @@ MEANINGS = (
             heals=True, gone=True, goes_on=True),
     Meaning(r"curl exit 35\b", "no encrypted connection comes about",
             "check https or http, and the port", heals=True, gone=True),
-    Meaning(r"curl exit 56\b.*(response|HTTP code) 4", "the proxy refuses it",
-            "check https_proxy and no_proxy"),
+    Meaning(r"curl exit 56\b.*(response|HTTP code) 4|HTTP 407", "the proxy refuses it",
+            "check http_proxy, https_proxy and no_proxy"),
     Meaning(r"curl exit (16|18|52|55|56|65|92|95|96)\b", "the connection broke", LATER,
             heals=True, gone=True),
     Meaning(r"curl exit 60\b.*(expired|not yet valid|subject name)", "the server's certificate is "
@@ -1548,7 +1552,7 @@ MEANINGS = (
     Meaning("HTTP 3.*InactiveAccount", "the account is not active yet", "ask the XNAT admin",
             stops=True),
     Meaning(r"HTTP 3.., to \w+://[^/]+/.*(app/template/|\b(mfa|saml2?|oauth2?|openid|"
-            r"shibboleth|sso|cas|adfs|cdn-cgi|my\.policy|vpn|log-?in|sign-?in)\b)",
+            r"shibboleth|sso|cas|adfs|cdn-cgi|my\.policy|vpn|log-?in|sign-?in)(?=[/?.;&=]|$))",
             "a second login stands before XNAT",
             "give an alias token as USER and PASS, or ask the XNAT admin", stops=True),
     Meaning("HTTP 3.., to (?!.*/data/archive/)", "the server has another address",
@@ -1624,7 +1628,7 @@ class Xnat(Curl):
     def log_in(self) -> None:
         """Open the one server session of this run. Raises Stop(3) with the reason."""
         answer = self.ask_until("login", lambda: self.ask("POST", "/data/JSESSION", seconds=60))[0]
-        if answer.status in (403, 404, 405, 407):
+        if answer.status in (403, 404, 405):
             raise Stop(f"{self.settings.url}: no login there ({answer.evidence}): is this XNAT's "
                        "own address? does a firewall, or XNAT, let this machine in?")
         if answer.status != 200:
@@ -1682,8 +1686,11 @@ class Xnat(Curl):
             raise Trouble(f"it is archived, but XNAT does not show it to {self.settings.user} "
                           f"({answer.evidence}, {path})", "ask the project's owner (is it in "
                           "quarantine, deleted, or its subject shared from another project?)")
-        uids, rows = scan_uids(answer), table(second.json())
-        found = []
+        uids, rows, found = scan_uids(answer), table(second.json()), []
+        if any(row.get("file_count") == "" and row.get("label") == "DICOM" for row in rows or []):
+            # Older versions may have no statistics until they are asked for. For newer ones this
+            # would mean numbers that were stored once, not counted (CatalogUtils.populateTable).
+            rows = table(self.ask_once(urls[1] + "&cache_file_stats=true")[0].json())
         if rows is None or not set(uids) <= {row.get("cat_id", "") for row in rows}:
             rows = [dict(row, cat_id=scan) for scan in uids
                     for row in self.rows(f"{path}/scans/{quote(scan, safe='')}/resources")]
@@ -2252,11 +2259,6 @@ class Comparison:
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
             found, self.outcome.joined = list(waiting), True
             scans = self._join(waiting)
-            others = sum(scan.uid not in self.by_uid for scan in scans)
-            if others and all(row.get("tag", study) == study for row in waiting.values()):
-                self.xnat.teller.say(f"{self.session.label}: {plural(others, 'series', 'series')} "
-                                     "of another folder or run waits in the prearchive too, and is "
-                                     f"archived with it ({', '.join(found)})")
             seen, joined = held + scans, self._among(scans)
             if there & joined and not self.contents.replaces:
                 raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
@@ -2313,6 +2315,9 @@ class Comparison:
                 continue
             names = self.xnat.names(*(scan.names_path for scan in mine))
             absent, sure = not_among(images, names)
+            shapes = {name_shape(stored_name(each)) for each in images}
+            if len(absent) == len(images) < count and shapes.isdisjoint(map(name_shape, names)):
+                absent = []  # another program's names: the count tells
             # XNAT would refuse it, or put it in another image's place.
             taken = any(stored_name(image) in names for image in absent)
             there |= set(images) - set(absent)
@@ -2843,6 +2848,10 @@ def verify(contents: Contents, outcome: Outcome, held: List[Scan]) -> None:
         each.held = theirs[uids_of(each)]
     if set(ours) & set(theirs):
         outcome.study = images[0].study
+        others = {uid for uid in theirs if uid} - set(ours)
+        if others:
+            more = plural(len(others), "series", "series")
+            xnat.teller.say(f"{session.label}: XNAT also has {more} that this folder does not send")
     else:
         ours, theirs = {"": len(images)}, Counter({"": sum(theirs.values())})
     for uid, count in ours.items():
@@ -3576,7 +3585,7 @@ def find_password(settings: Settings, teller: Teller) -> Settings:
     password = os.environ.get("XNAT_PASS", "").rstrip("\r\n")
     password = password or netrc_password(settings.url, settings.user)
     if not password and sys.stdin and sys.stdin.isatty():
-        with suppress(EOFError):
+        with suppress(EOFError, UnicodeError):
             password = getpass.getpass(f"Password of {settings.user} at {settings.url}: ")
     if not sendable(password):
         refuse("PASS -", "no password that could be sent in XNAT_PASS, in ~/.netrc for this host "
@@ -3754,7 +3763,9 @@ def main() -> int:
         # Labels, shards and exclusions must not depend on the locale.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.argv])
     os.umask(0o077)  # zips, ledger, log and report are nobody else's business
-    threading.stack_size(1 << 20)  # of each thread; 8 MB are too many where memory is limited
+    # Of each thread. The usual 8 MB are too many where memory is limited; since 3.12 Python lets
+    # nested JSON take more of it than 1 MB before it says RecursionError.
+    threading.stack_size(1 << (20 if sys.version_info < (3, 12) else 21))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # a daemon may have closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     teller = Teller()

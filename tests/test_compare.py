@@ -512,6 +512,19 @@ class WhatTheLedgerKnows(CompareTest):
             self.run_once(server, *self.advice(seen.ran))
             self.assertEqual(len(server.files("007_pre")), 7)
 
+    @variation
+    def test_where_another_program_named_the_files_as_many_or_more_are_there(self) -> None:
+        self.plant(ONE, files=5)
+        with self.xnat() as server:
+            self.run_once(server)
+            for number, path in enumerate(sorted((self.root / "007" / ONE).iterdir())):
+                path.rename(path.with_name(f"MR{number}"))
+            self.elsewhere()
+            self.there(server)
+            (self.root / "007" / ONE / "MR0").unlink()
+            seen = self.there(server)
+            self.assertIn("XNAT counts 5 files where the folder has 4", seen.ran.err)
+
     def test_a_series_that_moved_to_another_session_is_not_archived_with_the_old_one(self) -> None:
         with self.xnat() as server:
             self.held_back(server, ONE, TWO)
@@ -521,7 +534,7 @@ class WhatTheLedgerKnows(CompareTest):
             self.assertEqual(server.archive, {})
             self.elsewhere()  # with its ledger lost, it is said at least
             seen = self.run_once(server, "--only", "007/pre")
-            self.assertRegex(seen.ran.err, "007_pre: 1 series of another folder or run waits in")
+            self.assertRegex(seen.ran.err, "007_pre: XNAT also has 1 series that this")
 
     def test_an_image_that_came_after_another_went_is_sent_though_the_counts_are_equal(self
                                                                                        ) -> None:

@@ -134,6 +134,7 @@ class Answers(unittest.TestCase):
                              (b"<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC ''>", True),
                              (b"<META HTTP-EQUIV='refresh'>", True), (b"<head >", True),
                              (b"<?xml version='1.0'?>\n<xnat:MRSession ID=''>", False),
+                             (b"<?xml version='1.0'?>\n<!-- x --><xnat:MRSession ID=''>", False),
                              (b"<metadata>", False), (b"{}", False)):
             with self.subTest(body):
                 self.assertIs(page(body, 200).is_html, wanted)
@@ -228,12 +229,13 @@ class OneCurl(UploadTest):
 
     def test_what_curl_says_of_a_proxy_holds_no_password(self) -> None:
         write_series(self.root / "007/pre/T1", study=uid("p"), files=1)
-        ran = self.run_command(
-            self.arguments("http://127.0.0.1:9", "--retries", "0"),
-            {"http_proxy": "http://bob:h1dden@127.0.0.1:99999"})
-        self.assertEqual(ran.status, 3, ran.text)
-        self.assertIn("127.0.0.1:99999", ran.err)
-        self.assertNotIn("h1dden", ran.text + self.log())
+        for scheme in "http://", "":
+            ran = self.run_command(
+                self.arguments("http://127.0.0.1:9", "--retries", "0"),
+                {"http_proxy": scheme + "bob:h1dden@127.0.0.1:99999"})
+            self.assertEqual(ran.status, 3, ran.text)
+            self.assertIn("127.0.0.1:99999", ran.err)
+            self.assertNotIn("h1dden", ran.text + self.log())
 
 
 if __name__ == "__main__":

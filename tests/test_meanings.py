@@ -68,6 +68,7 @@ class Meanings(unittest.TestCase):
         (0, 502, "502 Bad Gateway", "behind its proxy", True, True),
         (0, 503, "503 Service Unavailable", "behind its proxy", True, True),
         (0, 504, "504 Gateway Time-out", "--max-files", True, True),
+        (0, 407, "Proxy Authentication Required", "http_proxy", False, False),
         (0, 524, "A timeout occurred", "--max-files", True, True),
         (0, 522, "Connection timed out", "behind its proxy", True, True),
         (0, 408, "", "busy", True, False), (0, 429, "", "busy", True, False),
