@@ -219,6 +219,9 @@ ROWS = [
     Row("a session in quarantine", ever(page(404, "Not there", where=ONE)), 2, 1, BOTH, 1,
         "it is archived, but XNAT does not show it to alice .HTTP 404.* | the project's owner",
         more=stays_hidden),
+    Row("counts nested without end", ever(on(  # once it was a stack too small for Python 3.13
+        "scans/ALL/resources", "answer", status=200, body=b'[{"a":' * 5000, headers=JSON_PAGE)), 2,
+        1, BOTH, 0, "archived, 4 files verified", beside=True),
     Row("counts that were stored earlier", None, 2, 1, BOTH, 0, "archived, 4 files verified",
         knobs={"stored_count": 1}),
     Row("a count of nothing where there are names", counted(1, 0), 2, 1, BOTH, 0,
