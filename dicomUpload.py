@@ -1588,7 +1588,9 @@ MEANINGS = (
             "session in the prearchive, then run again; if it stays, or they are newer here, add "
             "--overwrite-files --again, and --only for this session"),
     Meaning("modality|another subject|session (subject|project|uid)", NO, "XNAT has another "
-            "subject, study or modality under this label: rename the folder"),
+            "subject, study or modality under this label: rename the folder, and delete the "
+            "session in XNAT's prearchive; if it is this one, its UIDs changed by a script, have "
+            "it deleted in the archive too"),
     Meaning("event tracking for", "another user tried to archive it first",
             "see that this one does, or delete it in XNAT's prearchive, then run again"),
     Meaning("timeout interval", "XNAT is still at work on it", LATER),
@@ -2083,7 +2085,9 @@ class Memory:
         found = {}
         for each in series:
             by_crc = all(image.crc >= 0 for image in each.images)
-            if not by_crc and self.of(each).listing == each.listing:  # its CRC-32s are still true
+            if each.damaged and self.of(each).number > len(each.images):  # it may be mended
+                found[each.name] = self.of(each)._replace(held=each.held)
+            elif not by_crc and self.of(each).listing == each.listing:  # its CRC-32s are still true
                 found[each.name] = self.of(each)._replace(held=each.held)
             elif each.status != "left out":
                 found[each.name] = Known(each.listing, images_fingerprint(each.images, by_crc),
@@ -2248,7 +2252,7 @@ class Comparison:
                 archived.get("uid") not in ("", study)):
             raise Trouble(f"XNAT's archive has another study under the label {self.session.label} "
                           "than the one that an earlier run saw there", "rename the session "
-                          f"folder, or {anew(self.session, True)}")
+                          f"folder, or have that deleted there and, {anew(self.session)}")
         there, seen = self._among(held), held
         ours = self.memory.address in waiting
         found = [self.memory.address] if ours else []
@@ -2263,7 +2267,8 @@ class Comparison:
             if there & joined and not self.contents.replaces:
                 raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
                               "), and what is missing would join it",
-                              "delete that copy in the prearchive, then run again")
+                              "look there; if it holds nothing else, delete that copy in the "
+                              "prearchive, then run again")
             there |= joined
         if self.memory.address and not ours and not archived:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
@@ -2962,7 +2967,7 @@ class Screen:
                 self._move("")
                 self._heard = time.monotonic()
                 text = before + printable(text)
-                if stream.isatty() and "python3 " not in text:  # a command is there to be copied
+                if stream.isatty() and not re.search("python3 |--only ", text):  # to be copied
                     text = "\n".join(wrapped(text, terminal_width(stream)))
                 if self._coloured and stream is sys.stdout:
                     for code, words in COLOURS.items():
@@ -3207,7 +3212,7 @@ class Teller(Screen):
                 if more:
                     self.line(f"      and {len(more):,} more like it: "
                               f"{some([each for each, _ in more], 3)}")
-                self.line(f"      {remedy(same)}")
+                self.line(f"      {remedy(same, bool(self.settings.only))}")
 
     def _tell_counts(self, level: Level) -> None:
         """How many of everything."""
@@ -3297,7 +3302,8 @@ def troubles(series: Series) -> List[Trouble]:
         found.append(Trouble(f"damaged: {some(series.damaged)}", "copy from the source again, then "
                              "run again; the others are sent"))
     if series.packed:
-        found.append(Trouble(f"packed: {some(series.packed)}", "unpack it, then run again"))
+        found.append(Trouble(f"packed: {some(series.packed)}", "unpack it, take it away, then run "
+                             "again"))
     return found
 
 
@@ -3316,12 +3322,14 @@ def alike(failures: List[Tuple[str, Trouble]]) -> Iterable[List[Tuple[str, Troub
     return kinds.values()
 
 
-def remedy(same: List[Tuple[str, Trouble]]) -> str:
-    """What to do about failures of one kind: the --only of each, up to fifty, in one call."""
+def remedy(same: List[Tuple[str, Trouble]], chosen: bool) -> str:
+    """What to do about failures of one kind: the --only of each, up to fifty, in one call. Where
+    --only has `chosen` sessions already, these would go too."""
     only = list(dict.fromkeys(found[0] for _, trouble in same
                               for found in ONLY.finditer(trouble.to_do)))
     words = ONLY.sub(lambda _: " ".join(only[:50]), same[0][1].to_do, count=1)
-    return words + " (the first 50)" * (len(only) > 50)
+    words += " (the first 50)" * (len(only) > 50)
+    return words + " (in place of the --only that was given)" * (chosen and bool(only))
 
 
 # Numbers and names in words
@@ -3689,7 +3697,8 @@ def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
         series = [f"{session.path}/{name}" for session, name in found]
         refuse("--config", f"earlier runs left out {', '.join(names)}, this one would send "
                f"{plural(len(found), 'such series', 'such series')} ({some(series, 3)}): give "
-               f"--config as before, or if it is meant so add {again_for(found[0][0])} once")
+               f"--config as before, or if it is meant so add {again_for(found[0][0])} once" +
+               " (in place of the --only that was given)" * bool(settings.only))
     exclusions = set(settings.config) | (set() if found else ledger.exclusions)
     if exclusions != ledger.exclusions and not settings.dry_run:
         ledger.add("exclude", names=sorted(exclusions))
@@ -3720,7 +3729,7 @@ def send_all(upload: Upload, teller: Teller) -> int:
         upload.go()
         for address in upload.contents.leftovers(upload.whole):
             teller.say(f"{address}: lies in the prearchive beside its archived session: look at it "
-                       "there; if it is a copy it may be deleted, nothing of it is needed")
+                       "there; if it is a copy and holds nothing newer it may be deleted")
         if teller.saw_only_junk():
             raise Stop(f"ROOTDIR {upload.settings.rootdir}: none of its files is DICOM: give the "
                        "folder that holds the subjects", WRONG_CALL)

@@ -512,6 +512,19 @@ class WhatTheLedgerKnows(CompareTest):
             self.run_once(server, *self.advice(seen.ran))
             self.assertEqual(len(server.files("007_pre")), 7)
 
+    def test_a_good_file_that_comes_back_after_it_was_damaged_has_not_changed(self) -> None:
+        self.plant(ONE, files=3)
+        with self.xnat() as server:
+            self.run_once(server)
+            path = self.root / "007" / ONE / "IM0002.dcm"
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-100])
+            self.told(server, "damaged: IM0002.dcm")
+            path.write_bytes(whole)
+            self.there(server)
+            self.change(path, b"BB")
+            self.told(server, "T1_0001: has changed since it was sent")
+
     @variation
     def test_where_another_program_named_the_files_as_many_or_more_are_there(self) -> None:
         self.plant(ONE, files=5)

@@ -177,6 +177,9 @@ class WhatIsGone(LedgerTest):
         self.assertIn("put it back, or if it is meant so add --overwrite-files --again --only ",
                       ran.out)
         self.assertNotIn("All is there", ran.out)
+        # Beside another --only it would send what that chooses too.
+        self.assertEqual("once (in place of the --only that was given)" in ran.out,
+                         "--only" in options)
 
     def test_a_session_without_its_folder_is_told_until_the_folder_or_again_settles_it(
             self) -> None:

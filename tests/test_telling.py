@@ -231,6 +231,17 @@ class Screen(Messy):
             self.assertIn("\x1b[32mAll is there\x1b[0m.", shown)
             self.assertIn("007_pre   already there, 2 files\n", self.upload(server).out)
 
+    @variation
+    def test_options_to_be_copied_are_never_broken_into_two_lines(self) -> None:
+        """Half of them, pasted, would send the whole tree."""
+        readme_tree(self.root, files=1)
+        with self.xnat() as server:
+            self.assertEqual(self.upload(server).status, 0)
+            shutil.rmtree(str(self.root / "007/pre"))
+            for width in 40, 72, 80:
+                shown = self.on_terminal(server, width, status=1)
+                self.assertRegex(shown, "--overwrite-files --again --only 007/pre once\n")
+
     def test_forty_failures_of_one_kind_are_read_at_a_glance_and_the_verdict_stands_last(
             self) -> None:
         self.many(40)
