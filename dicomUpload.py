@@ -2321,7 +2321,9 @@ class Comparison:
             names = self.xnat.names(*(scan.names_path for scan in mine))
             absent, sure = not_among(images, names)
             shapes = {name_shape(stored_name(each)) for each in images}
-            if len(absent) == len(images) < count and shapes.isdisjoint(map(name_shape, names)):
+            by_us = any(each.by_crc for each in self.memory.series.values() if each.uids == uid)
+            if len(absent) == len(images) < count and not by_us and (
+                    shapes.isdisjoint(map(name_shape, names))):
                 absent = []  # another program's names: the count tells
             # XNAT would refuse it, or put it in another image's place.
             taken = any(stored_name(image) in names for image in absent)

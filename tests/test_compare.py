@@ -504,8 +504,12 @@ class WhatTheLedgerKnows(CompareTest):
             for path in (self.root / "007" / ONE).iterdir():
                 path.unlink()
             for instance in (6, 7):
-                self.image(f"007/{ONE}", instance)
-                os.utime(self.root / "007" / ONE / f"IM000{instance}.dcm", (1, 1))
+                self.image(f"007/{ONE}", instance, f"MR{instance}")
+                os.utime(self.root / "007" / ONE / f"MR{instance}", (1, 1))
+            # By names alone another program's might be there; but it was this one that sent them.
+            self.told(server, "T1_0001: XNAT has 5 files of it, here are 2, under other names")
+            for path in (self.root / "007" / ONE).iterdir():
+                path.rename(path.with_name(f"IM000{path.name[2:]}.dcm"))
             self.elsewhere()
             seen = self.told(server, "T1_0001: XNAT has 5 files of it, here are 2, under other name"
                                      "s .*cannot be told")
