@@ -2258,8 +2258,9 @@ class Comparison:
         found = [self.memory.address] if ours else []
         if ours and any(part["joined"] for part in self.memory.parts):
             self.outcome.joined = True
-            there |= self._among(self._join({found[0]: waiting[found[0]]})) - self.memory.touched(
-                self.series)
+            scans = self._join({found[0]: waiting[found[0]]})
+            seen = held + scans
+            there |= self._among(scans) - self.memory.touched(self.series)
         if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
             found, self.outcome.joined = list(waiting), True
             scans = self._join(waiting)
@@ -2273,12 +2274,13 @@ class Comparison:
         if self.memory.address and not ours and not archived:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
                                  "it again")
-        same_uids = self._same_uids(seen)
+        # What is there may be of another machine alone, of whose series none is here.
+        same_uids = archived.get("uid") == study or self._same_uids(seen)
         for each in self.series:
             sent = self.memory.sent(each)
             for image in [] if self.xnat.settings.dry_run else sent:
                 crc_of(each, image)  # an earlier run knew what zip had computed
-            if archived or waiting and not ours and seen:
+            if archived or waiting and seen:
                 self._recall(each, there, same_uids)
             if ours or archived and not same_uids:
                 there.update(sent)
@@ -2853,7 +2855,7 @@ def verify(contents: Contents, outcome: Outcome, held: List[Scan]) -> None:
         theirs[scan.uid] += scan.files
     for each in outcome.series:
         each.held = theirs[uids_of(each)]
-    if set(ours) & set(theirs):
+    if set(ours) & set(theirs) or contents.archived(session).get("uid") == images[0].study:
         outcome.study = images[0].study
         others = {uid for uid in theirs if uid} - set(ours)
         if others:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, List, NamedTuple, Tuple
 
 from tests.dicom import digests, dicom_file, uid, write_series
-from tests.faults import IMPORT, once
+from tests.faults import COMMIT, IMPORT, once
 from tests.support import Ran, UploadTest, cases, drop_root_rights, variation
 from tests.support import load_tests as load_tests  # side by side
 from tests.xnat_standin import Row, Standin, other_uid
@@ -614,6 +614,35 @@ class WhatTheLedgerKnows(CompareTest):
             shutil.rmtree(disk / "007" / TWO)
             (disk / "007" / TWO).mkdir()
             self.told(server, "Gone .1.:\n  007_pre T2_0002", root=disk)
+
+    def test_what_another_machine_has_of_a_session_is_not_taken_for_what_is_missing(self) -> None:
+        self.plant(ONE)
+        disk = self.folder / "disk2"
+        self.plant(TWO, root=disk)
+        with self.xnat() as server:
+            self.run_once(server)
+            self.elsewhere()
+            server.fail("error page", COMMIT, status=500, text="not today")
+            self.run_once(server, "--retries", "0", root=disk, status=1)
+            server.store.remove(server.prearchive[0])
+            self.assertEqual(self.run_once(server, root=disk).sent,
+                             [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
+            self.assertEqual(len(server.files("007_pre")), 4)
+            del server.archive["BRAIN", "007_pre"].scans["2"]
+            self.told(server, "T2_0002: an earlier run saw it archived", "--dry-run", root=disk)
+
+    @variation
+    def test_what_changed_while_it_waits_for_review_is_told_until_it_is_replaced(self) -> None:
+        self.plant(ONE)
+        with self.xnat() as server:
+            self.run_once(server, "--review")
+            self.change(self.root / "007" / ONE / "IM0001.dcm", b"BB")
+            self.plant(TWO)
+            for _ in range(2):
+                seen = self.run_once(server, "--review", status=1)
+                self.assertIn("T1_0001: has changed since it was sent", seen.ran.out)
+            seen = self.run_once(server, "--review", "--overwrite-files")
+            self.assertEqual(seen.sent, [("007_pre", ["IM0001.dcm", "IM0002.dcm"])])
 
     @variation
     def test_a_series_that_was_sent_and_went_before_its_session_was_whole_is_gone(self) -> None:
