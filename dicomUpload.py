@@ -2071,7 +2071,8 @@ class Memory:
         found: List[File] = []
         for part in self.parts:
             images = images_in(part, series)
-            if part["address"] == self.address and part["files"] == part_fingerprint(images):
+            if images and part["address"] == self.address and (
+                    part["files"] == part_fingerprint(images)):
                 found += images
         return found
 
@@ -2256,21 +2257,18 @@ class Comparison:
         there, seen = self._among(held), held
         ours = self.memory.address in waiting
         found = [self.memory.address] if ours else []
-        if ours and any(part["joined"] for part in self.memory.parts):
+        if not ours and len(there) < sum(map(len, self.by_uid.values())):
+            found = list(waiting)
+        if not ours and found or any(part["joined"] for part in self.memory.parts if ours):
             self.outcome.joined = True
-            scans = self._join({found[0]: waiting[found[0]]})
-            seen = held + scans
-            there |= self._among(scans) - self.memory.touched(self.series)
-        if waiting and not ours and len(there) < sum(map(len, self.by_uid.values())):
-            found, self.outcome.joined = list(waiting), True
-            scans = self._join(waiting)
+            scans = self._join({address: waiting[address] for address in found})
             seen, joined = held + scans, self._among(scans)
-            if there & joined and not self.contents.replaces:
+            if there & joined and not ours and not self.contents.replaces:
                 raise Trouble(f"the prearchive holds a copy of what is archived ({', '.join(found)}"
                               "), and what is missing would join it",
                               "look there; if it holds nothing else, delete that copy in the "
                               "prearchive, then run again")
-            there |= joined
+            there |= joined - (self.memory.touched(self.series) if ours else set())
         if self.memory.address and not ours and not archived:
             self.xnat.teller.say(f"{self.session.label}: is no longer in the prearchive: sending "
                                  "it again")
@@ -2322,11 +2320,8 @@ class Comparison:
                 continue
             names = self.xnat.names(*(scan.names_path for scan in mine))
             absent, sure = not_among(images, names)
-            shapes = {name_shape(stored_name(each)) for each in images}
-            by_us = any(each.by_crc for each in self.memory.series.values() if each.uids == uid)
-            if len(absent) == len(images) < count and not by_us and (
-                    shapes.isdisjoint(map(name_shape, names))):
-                absent = []  # another program's names: the count tells
+            if len(absent) == len(images) < count and self._named_by_others(uid, names):
+                absent = []  # the count tells
             # XNAT would refuse it, or put it in another image's place.
             taken = any(stored_name(image) in names for image in absent)
             there |= set(images) - set(absent)
@@ -2341,6 +2336,13 @@ class Comparison:
                         "delete that in the prearchive, then run again"
                         if "/prearchive/" in mine[0].names_path else anew(self.session, True)))
         return there
+
+    def _named_by_others(self, uid: str, names: List[str]) -> bool:
+        """Whether another program may have stored a series under these names: none looks as ours
+        do, and no earlier run has sent it."""
+        shapes = {name_shape(stored_name(image)) for _, image in self.by_uid[uid]}
+        return shapes.isdisjoint(map(name_shape, names)) and not any(
+            each.by_crc for each in self.memory.series.values() if each.uids == uid)
 
     def _join(self, waiting: Dict[str, Row]) -> List[Scan]:
         """What waits in the prearchive, left there by a run whose workdir is lost, or by another
@@ -3312,6 +3314,7 @@ def troubles(series: Series) -> List[Trouble]:
 
 
 ONLY = re.compile(r"--only ('[^']*'|\"[^\"]*\"|[^\s'\"])+")  # as a shell reads it
+INSTEAD = " (in place of the --only that was given)"  # patterns of --only add up
 
 
 def alike(failures: List[Tuple[str, Trouble]]) -> Iterable[List[Tuple[str, Trouble]]]:
@@ -3333,7 +3336,7 @@ def remedy(same: List[Tuple[str, Trouble]], chosen: bool) -> str:
                               for found in ONLY.finditer(trouble.to_do)))
     words = ONLY.sub(lambda _: " ".join(only[:50]), same[0][1].to_do, count=1)
     words += " (the first 50)" * (len(only) > 50)
-    return words + " (in place of the --only that was given)" * (chosen and bool(only))
+    return words + INSTEAD * (chosen and bool(only))
 
 
 # Numbers and names in words
@@ -3702,7 +3705,7 @@ def check_exclusions(tree: Tree, ledger: Ledger, settings: Settings) -> None:
         refuse("--config", f"earlier runs left out {', '.join(names)}, this one would send "
                f"{plural(len(found), 'such series', 'such series')} ({some(series, 3)}): give "
                f"--config as before, or if it is meant so add {again_for(found[0][0])} once" +
-               " (in place of the --only that was given)" * bool(settings.only))
+               INSTEAD * bool(settings.only))
     exclusions = set(settings.config) | (set() if found else ledger.exclusions)
     if exclusions != ledger.exclusions and not settings.dry_run:
         ledger.add("exclude", names=sorted(exclusions))

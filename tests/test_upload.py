@@ -182,14 +182,13 @@ for _moment in MOMENTS:
     setattr(AtAnyMoment, f"test_a_SIGTERM_{_moment.__name__}", _test)
     _test = variation(as_signal_test(_moment, signal.SIGINT))
     setattr(AtAnyMoment, f"test_a_SIGINT_{_moment.__name__}", _test)
-    for _number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):  # before a batch system kills
-        _test = variation(as_signal_test(_moment, _number))
-        if _moment is while_zipping:
-            setattr(AtAnyMoment, f"test_a_{_number.name}_{_moment.__name__}", _test)
     _test = as_kill_test(_moment)
     if _moment not in (while_sending, while_committing):
         _test = variation(_test)
     setattr(AtAnyMoment, f"test_a_SIGKILL_{_moment.__name__}", _test)
+for _number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):  # before a batch system kills
+    _test = variation(as_signal_test(while_zipping, _number))
+    setattr(AtAnyMoment, f"test_a_{_number.name}_while_zipping", _test)
 
 
 class OtherSignals(RunningTest):
